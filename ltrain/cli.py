@@ -1,4 +1,6 @@
-"""The `ltrain` command: every subcommand checks its input first and exits with 2, and a line a fault, if it is wrong."""
+"""The `ltrain` command: every subcommand checks its input first and exits with 2, and a line a fault, if it
+is wrong.
+"""
 
 from __future__ import annotations
 
