@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ltrain.data.loader import Corpus, Loader, held_out_rows, open_corpus
 from ltrain.data.tokenizer import Tokenizer, load_tokenizer
 from ltrain.model.build import build_model
 from ltrain.model.families import extend_rope, resolve_spec
+from ltrain.model.language_model import LanguageModel
 from ltrain.model.spec import ModelSpec
 from ltrain.parallel.mesh import Mesh, check_world, init_mesh
 from ltrain.train.assignment import StaticAssignment, rows_per_step
@@ -137,8 +139,7 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
     )
     model = build_model(
         spec,
-        core_attention=CoreAttention,
-        core_attention_params={"settings": settings},
+        core_attention=partial(CoreAttention, settings=settings),
         tensor=mesh.tensor.size,
         pipeline=mesh.pipeline.size,
         context=mesh.context.size,
@@ -146,6 +147,9 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
         dtype=torch.bfloat16 if config.train.dtype == "bf16" else torch.float32,
         pre_process=mesh.is_first_stage,
         post_process=mesh.is_last_stage,
+        variable_seq_lengths=mesh.pipeline.size > 1,
+        model_class=LanguageModel,
+        real_vocab_size=spec.vocab_size,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         z_loss=config.train.z_loss,
     )
