@@ -39,8 +39,8 @@ def block_sparse_attention(
 
     q [B, Tq, Hq, D], k [B, Tk, Hkv, D], v [B, Tk, Hkv, Dv]; positions and documents int [T] or [B, T];
     `scale` defaults to D ** -0.5. Returns out [B, Tq, Hq, Dv] in q's dtype and lse [B, Hq, Tq], natural log,
-    fp32 (fp64 for fp64 inputs). A query that sees no key has out 0, lse -inf and gradient 0. Differentiable in q, k, v,
-    through out and through lse; the index is a constant. The backward is deterministic.
+    fp32 (fp64 for fp64 inputs). A query that sees no key has out 0, lse -inf and gradient 0. Differentiable
+    in q, k, v, through out and through lse; the index is a constant. The backward is deterministic.
 
     `index` may be a `Plan` (see `prepare`), which already holds the positions, documents and window.
     `backend="auto"` is `triton` for tensors on a GPU, else `cpu`. Raises ArgumentError on arguments that do

@@ -47,7 +47,7 @@ class ClosedIndex(BlockIndex):
         return sinks + strided + (i - low + 1)
 
     def nth(self, h: Tensor, i: Tensor, n: Tensor) -> Tensor:
-        """Column of the n-th entry, ascending, of row `i` of head `h` (int64, n < n_visible)."""
+        """Column of the n-th entry, ascending, of row `i` of head `h` (int64; n < n_visible)."""
         h, i, n = h.to(torch.int64), i.to(torch.int64), n.to(torch.int64)
         if self.transposed:
             return i + n
