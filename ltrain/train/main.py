@@ -33,8 +33,8 @@ EXIT_RESOURCES = 4
 def train(config: RunConfig) -> int:
     """Run a training job, or this process's rank of it. Returns the exit code.
 
-    0 done; 2 the input is wrong; 3 no usable checkpoint; 4 out of a resource, or training diverged; 75 stopped on
-    request. Input is checked before a process group starts.
+    0 done; 2 the input is wrong; 3 no usable checkpoint; 4 out of a resource, or training diverged; 75
+    stopped on request. Input is checked before a process group starts.
     """
     die_with_parent()
     check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -49,7 +49,9 @@ def train(config: RunConfig) -> int:
         log.error("%s", error)
         return EXIT_CHECKPOINT if isinstance(error, CheckpointError) else EXIT_RESOURCES
     except torch.OutOfMemoryError as error:
-        log.error("rank %d: out of device memory (%s). %s", dist.get_rank(), str(error).splitlines()[0], _LEVERS)
+        log.error(
+            "rank %d: out of device memory (%s). %s", dist.get_rank(), str(error).splitlines()[0], _LEVERS
+        )
         return EXIT_RESOURCES
     except RuntimeError as error:
         if "can't allocate memory" in str(error):
@@ -93,7 +95,9 @@ def restore(config: RunConfig, run: Run) -> None:
     reader = run.checkpoints.open_newest() if config.checkpoint.resume else None
     if reader is not None:
         if reader.state["fingerprint"] != model_fingerprint(run.spec):
-            raise ConfigError("run.name", config.run.name, "has checkpoints of another model", "choose another name")
+            raise ConfigError(
+                "run.name", config.run.name, "has checkpoints of another model", "choose another name"
+            )
         run.restore(reader)
         log.info("continuing at step %d", run.step)
     elif config.checkpoint.init_from is not None:
@@ -111,7 +115,7 @@ def export_run(run: Run, folder: Path) -> None:
     """Write the model as a Hugging Face folder with its new context; collective."""
     from ltrain.model.weights import export_model
 
-    export_model(run.model, run.spec, run.mesh, folder, tokenizer=run.sources.get("tokenizer"))
+    export_model(run.model, run.spec, run.mesh, folder, tokenizer=run.tokenizer)
 
 
 def export(config: RunConfig, out: Path | None, step: int | None) -> int:

@@ -128,8 +128,9 @@ class Trainer:
             run.skipped_steps += 1
             self._nonfinite_in_a_row += 1
             if self._nonfinite_in_a_row >= train.nonfinite_limit:
+                count = self._nonfinite_in_a_row
                 raise NonFinite(
-                    f"the gradient was not finite in {self._nonfinite_in_a_row} steps in a row, up to step {run.step}"
+                    f"the gradient was not finite in {count} steps in a row, up to step {run.step}"
                 )
             return
         self._nonfinite_in_a_row = 0
