@@ -1,7 +1,7 @@
 """Rotary position embedding: one value owns the frequencies and the Hugging Face fields they are exported as.
 
-Frequencies come from `transformers`' own functions, fed with the very fields that are exported, so the two cannot
-drift apart. cos and sin follow from explicit positions (any order, any document).
+Frequencies come from `transformers`' own functions, fed with the very fields that are exported, so the two
+cannot drift apart. cos and sin follow from explicit positions (any order, any document).
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ _FIELDS = {
         *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
         *("mscale", "mscale_all_dim", "truncate"),
     },
-    "longrope": {"short_factor", "long_factor", "factor", "original_max_position_embeddings", "attention_factor"},
+    "longrope": {
+        "short_factor",
+        "long_factor",
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+    },
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
 _NEEDED = {
@@ -54,8 +60,9 @@ _NEEDED = {
 class Rope:
     """The rotary embedding of a model.
 
-    `parameters` is `rope_parameters` of a Hugging Face config; `max_position_embeddings` goes with it. `seq_len`
-    is the context that the tables are for: `dynamic` and `longrope` have other frequencies for other lengths.
+    `parameters` is `rope_parameters` of a Hugging Face config; `max_position_embeddings` goes with it.
+    `seq_len` is the context that the tables are for: `dynamic` and `longrope` have other frequencies for
+    other lengths.
     """
 
     parameters: Mapping[str, Any]
@@ -78,7 +85,9 @@ class Rope:
         kind = {"su": "longrope"}.get(kind, kind)
         partial = raw.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
         if partial != 1.0:
-            raise ConfigError(f"{source}: partial_rotary_factor", partial, "must be 1: partial rotation is not supported")
+            raise ConfigError(
+                f"{source}: partial_rotary_factor", partial, "must be 1: partial rotation is not supported"
+            )
         if head_dim % 2:
             raise ConfigError(f"{source}: head_dim", head_dim, "must be even for rotary embeddings")
         if kind not in _FIELDS:
@@ -109,7 +118,9 @@ class Rope:
         """
         base = self.original_length
         longest = max(seq_len, self.max_position_embeddings)
-        given = {name: value for name, value in change.model_dump(exclude={"kind"}).items() if value is not None}
+        given = {
+            name: value for name, value in change.model_dump(exclude={"kind"}).items() if value is not None
+        }
         theta = float(given.pop("theta", self.parameters["rope_theta"]))
         ratio = float(given.get("factor") or max(1.0, seq_len / base))
         fresh: dict[str, Any] = {"rope_type": change.kind, "rope_theta": theta}
@@ -128,7 +139,7 @@ class Rope:
             case LinearRope():
                 result = Rope({**fresh, "factor": ratio}, self.head_dim, math.ceil(base * ratio), seq_len)
             case DynamicRope():
-                # transformers scales beyond max_position_embeddings, so that field keeps the original context.
+                # transformers scales beyond max_position_embeddings, so that field keeps the old context.
                 return Rope({**fresh, "factor": ratio}, self.head_dim, base, seq_len)
             case YarnRope():
                 base = change.original_max_position_embeddings or base
@@ -185,7 +196,8 @@ class Rope:
         }
 
     def frequencies(self, seq_len: int | None = None) -> tuple[Tensor, float]:
-        """Inverse frequencies fp32 [D/2] on the CPU, and the factor on cos and sin, for sequences of `seq_len`."""
+        """Inverse frequencies fp32 [D/2] on the CPU, and the factor on cos and sin, for sequences of
+        `seq_len`."""
         kind = self.parameters["rope_type"]
         if kind == "default":
             exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float) / self.head_dim
@@ -200,11 +212,14 @@ class Rope:
             max_position_embeddings=self.max_position_embeddings,
             rope_parameters=dict(self.parameters),
         )
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=seq_len or self.seq_len)
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](
+            config, torch.device("cpu"), seq_len=seq_len or self.seq_len
+        )
         return inv_freq.float(), float(scaling)
 
     def tables(self, positions: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin, fp32 [..., T, D/2], of integer `positions` [..., T], with the attention factor applied."""
+        """cos and sin, fp32 [..., T, D/2], of integer `positions` [..., T], with the attention factor
+        applied."""
         device = torch.device(device) if device is not None else positions.device
         inv_freq, scaling = self.frequencies()
         angles = positions.to(device=device, dtype=torch.float32).unsqueeze(-1) * inv_freq.to(device)

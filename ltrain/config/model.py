@@ -31,7 +31,8 @@ class LoraAdapter(Section):
     alpha: PositiveFloat = 32.0
     """The update is scaled by alpha / rank."""
     targets: tuple[LoraTarget, ...] = ("qkv", "o")
-    """Linears that get an adapter: `qkv` is one linear for queries, keys and values, `gate_up` one for both."""
+    """Linears that get an adapter: `qkv` is one linear for queries, keys and values, `gate_up` one for both.
+    """
     also_train: tuple[str, ...] = ()
     """Patterns of Hugging Face parameter names that stay trained beside the adapter, for example
     `*embed_tokens*` and `*norm*` (LongLoRA, arXiv 2309.12307)."""
@@ -39,7 +40,9 @@ class LoraAdapter(Section):
     @model_validator(mode="after")
     def _check(self) -> LoraAdapter:
         if not self.targets or len(set(self.targets)) != len(self.targets):
-            raise ConfigError("model.adapter.targets", self.targets, "must name at least one linear, each once")
+            raise ConfigError(
+                "model.adapter.targets", self.targets, "must name at least one linear, each once"
+            )
         return self
 
 
@@ -50,8 +53,8 @@ class _Model(Section):
     adapter: AdapterConfig = NoAdapter()
     """Train low-rank adapters instead of the weights."""
     freeze: tuple[str, ...] = ()
-    """Patterns (`*` and `?`) of Hugging Face parameter names that are not trained, for example `*mlp*`. Query, key
-    and value, and gate and up, are one parameter each in training: name both or none."""
+    """Patterns (`*` and `?`) of Hugging Face parameter names that are not trained, for example `*mlp*`.
+    Query, key and value, and gate and up, are one parameter each in training: name both or none."""
 
 
 class HFModel(_Model):

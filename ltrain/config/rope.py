@@ -1,7 +1,8 @@
 """How the rotary position embedding is changed for a longer context: the `rope` section, a union by `kind`.
 
-Sources: linear interpolation arXiv 2306.15595; YaRN, and NTK-aware scaling that it describes, arXiv 2309.00071;
-LongRoPE arXiv 2402.13753; a raised base (ABF) arXiv 2309.16039; llama3 as in the Llama 3.1 release.
+Sources: linear interpolation arXiv 2306.15595; YaRN, and NTK-aware scaling that it describes, arXiv
+2309.00071; LongRoPE arXiv 2402.13753; a raised base (ABF) arXiv 2309.16039; llama3 as in the Llama 3.1
+release.
 """
 
 from __future__ import annotations
@@ -91,21 +92,25 @@ class YarnRope(Section):
         if (self.mscale is None) != (self.mscale_all_dim is None):
             raise ConfigError("rope.mscale", self.mscale, "must be given together with rope.mscale_all_dim")
         if self.mscale is not None and self.attention_factor is not None:
-            raise ConfigError("rope.attention_factor", self.attention_factor, "excludes rope.mscale", "give one")
+            raise ConfigError(
+                "rope.attention_factor", self.attention_factor, "excludes rope.mscale", "give one"
+            )
         return self
 
 
 class LongRope(Section):
     """LongRoPE: one factor for each pair of dimensions, read from a file.
 
-    Training uses the long factors. `transformers` uses the short ones for sequences within the original context.
+    Training uses the long factors. `transformers` uses the short ones for sequences within the original
+    context.
     """
 
     kind: Literal["longrope"] = "longrope"
     factors: Path
     """JSON file with the lists `short_factor` and `long_factor`, each of head_dim / 2 numbers."""
     factor: Factor | None = None
-    """Ratio of new to original context, for the attention factor; taken as target over original where absent."""
+    """Ratio of new to original context, for the attention factor; taken as target over original where absent.
+    """
     original_max_position_embeddings: PositiveInt | None = None
     """Context before stretching; the model's own where absent."""
     attention_factor: PositiveFloat | None = None

@@ -1,14 +1,14 @@
-"""From a `ModelSpec` to megatron-core's `GPTModel`."""
+"""From a `ModelSpec` to one pipeline stage of megatron-core's GPT."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
+from ltrain.model.language_model import LanguageModel
 from ltrain.model.spec import ModelSpec
 from ltrain.parallel.seam import cpu_seam, device, on_cpu
 
@@ -25,8 +26,8 @@ from ltrain.parallel.seam import cpu_seam, device, on_cpu
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm, statistics in fp32, with the constructor that mcore calls.
 
-    Under sequence parallelism each tensor-parallel rank norms its own tokens; the mark on the weight tells mcore
-    to sum the gradient over these ranks.
+    Under sequence parallelism each tensor-parallel rank norms its own tokens; the mark on the weight tells
+    mcore to sum the gradient over these ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
@@ -141,15 +142,16 @@ def build_model(
     post_process: bool = True,
     sequence_parallel: bool = False,
     variable_seq_lengths: bool = False,
-    model_class: Callable[..., GPTModel] = GPTModel,
+    core_attention_params: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
-    **model_arguments: Any,
-) -> GPTModel:
+    loss_chunk_tokens: int = 1024,
+    z_loss: float = 0.0,
+) -> LanguageModel:
     """This pipeline stage of the model, on this process's device, with uninitialised matrices.
 
-    mcore's process groups must exist with the degrees given. `model_class` and `model_arguments` serve subclasses
-    of `GPTModel`; `options` are further fields of `TransformerConfig`. Raises ConfigError where the degrees don't
-    divide the model. Fill it with `ltrain.model.weights.load_weights`.
+    mcore's process groups must exist with the degrees given. `core_attention_params` are further arguments of
+    `core_attention`; `options` are further fields of `TransformerConfig`. Raises ConfigError where the
+    degrees don't divide the model. Fill it with `ltrain.model.weights.import_model`.
     """
     spec.check_parallel(tensor=tensor, pipeline=pipeline)
     config = transformer_config(
@@ -162,10 +164,10 @@ def build_model(
         variable_seq_lengths=variable_seq_lengths,
         **(options or {}),
     )
-    layer = layer_spec(spec, core_attention)
+    layer = layer_spec(spec, partial(core_attention, **(core_attention_params or {})))
     stage_layers = spec.num_layers // pipeline
     with cpu_seam():
-        return model_class(
+        return LanguageModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules([layer] * stage_layers, RMSNorm),
             vocab_size=spec.padded_vocab_size(tensor),
@@ -175,5 +177,7 @@ def build_model(
             parallel_output=True,
             share_embeddings_and_output_weights=spec.tie_embeddings,
             position_embedding_type="none",
-            **model_arguments,
+            real_vocab_size=spec.vocab_size,
+            loss_chunk_tokens=loss_chunk_tokens,
+            z_loss=z_loss,
         )

@@ -17,7 +17,8 @@ class StepFlops:
 
 
 def visible_pairs(length: int, window: int | None = None) -> int:
-    """Pairs (query, key) that causal attention computes in a document; with a window, key > query - window."""
+    """Pairs (query, key) that causal attention computes in a document; with a window, key > query - window.
+    """
     if window is None or window >= length:
         return length * (length + 1) // 2
     return window * (window + 1) // 2 + (length - window) * window
@@ -34,7 +35,8 @@ def pair_flops(spec: ModelSpec) -> int:
 
 
 def attention_flops(spec: ModelSpec, lengths: Iterable[int]) -> list[int]:
-    """Forward FLOPs of each layer's attention over documents of these lengths, dense up to the layer's window."""
+    """Forward FLOPs of each layer's attention over documents of these lengths, dense up to the layer's
+    window."""
     lengths = list(lengths)
     per_window = {w: pair_flops(spec) * sum(visible_pairs(n, w) for n in lengths) for w in set(spec.windows)}
     return [per_window[w] for w in spec.windows]
@@ -50,9 +52,9 @@ def step_flops(
 ) -> StepFlops:
     """FLOPs of one forward and backward over documents of `lengths` tokens.
 
-    `densities` is the fraction of visible pairs that attention computes, a number a layer; `kept` the fraction of
-    tokens that a layer processes; `recompute_layers` counts layers whose linears run twice forward (attention is
-    never recomputed).
+    `densities` is the fraction of visible pairs that attention computes, a number a layer; `kept` the
+    fraction of tokens that a layer processes; `recompute_layers` counts layers whose linears run twice
+    forward (attention is never recomputed).
     """
     tokens = sum(lengths)
     per_layer = attention_flops(spec, lengths)
@@ -66,6 +68,11 @@ def step_flops(
         passes = 4 if layer < recompute_layers else 3
         executed += passes * linear * kept[layer] + 3 * flops * densities[layer]
     return StepFlops(float(model), executed)
+
+
+def model_flops(spec: ModelSpec, lengths: Sequence[int]) -> float:
+    """Training FLOPs of the dense model over documents of `lengths` tokens."""
+    return step_flops(spec, lengths).model
 
 
 def flops_per_token(spec: ModelSpec, seq_len: int) -> float:

@@ -94,7 +94,9 @@ class ModelSpec:
         ):
             if size % tensor:
                 rule = f"must divide the model's {name}={size}"
-                raise ConfigError("parallel.tensor", tensor, rule, "use a smaller degree, or context parallelism")
+                raise ConfigError(
+                    "parallel.tensor", tensor, rule, "use a smaller degree, or context parallelism"
+                )
         if self.num_layers % pipeline:
             rule = f"must divide the model's number of layers, {self.num_layers}"
             raise ConfigError("parallel.pipeline", pipeline, rule)

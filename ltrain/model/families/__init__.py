@@ -31,7 +31,8 @@ def read_spec(folder: Path) -> ModelSpec:
 def resolve_spec(config: HFModel | NewModel, *, tokenizer_vocab_size: int | None = None) -> ModelSpec:
     """The spec that the `model` section asks for, with the model's own rope.
 
-    `tokenizer_vocab_size` serves a new model without `vocab_size`, and no model may have fewer tokens than it.
+    `tokenizer_vocab_size` serves a new model without `vocab_size`, and no model may have fewer tokens than
+    it.
     """
     if isinstance(config, HFModel):
         spec = read_spec(config.path)

@@ -124,9 +124,17 @@ class Family:
             raise ConfigError(f"{where}: architectures", architectures, f"must hold {self.architecture}")
         if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise ConfigError(f"{where}: hidden_act", activation, "is not supported", "only silu is")
-        for name in ("mlp_bias", "attention_dropout", "quantization_config", "num_experts", "num_local_experts"):
+        for name in (
+            "mlp_bias",
+            "attention_dropout",
+            "quantization_config",
+            "num_experts",
+            "num_local_experts",
+        ):
             if config.get(name):
-                raise ConfigError(f"{where}: {name}", config[name], "is not supported", "it must be absent or 0")
+                raise ConfigError(
+                    f"{where}: {name}", config[name], "is not supported", "it must be absent or 0"
+                )
 
 
 def layer_windows(config: Mapping[str, Any], where: str) -> tuple[int | None, ...]:

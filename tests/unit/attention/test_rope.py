@@ -1,4 +1,5 @@
-"""Our tables and rotation against `transformers`' rotary modules, for every kind; the export fields feed both."""
+"""Our tables and rotation against `transformers`' rotary modules, for every kind; the export fields feed
+both."""
 
 import json
 
@@ -98,7 +99,9 @@ def test_ntk_is_a_base_and_abf_keeps_a_scaling():
     assert ntk.parameters["rope_theta"] == pytest.approx(10000.0 * 8 ** (32 / 30))
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 64
-    llama = Rope.from_hf({"rope_theta": 5e5, "rope_scaling": scaling, "max_position_embeddings": 512}, HEAD_DIM)
+    llama = Rope.from_hf(
+        {"rope_theta": 5e5, "rope_scaling": scaling, "max_position_embeddings": 512}, HEAD_DIM
+    )
     raised = llama.extend(change(kind="abf", theta=8e6), TARGET)
     assert raised.parameters == {**llama.parameters, "rope_theta": 8e6}
     # A second stretching starts from the context before the first.
