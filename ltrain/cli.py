@@ -86,8 +86,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     args, rest = parser().parse_known_args(arguments)
-    # mcore and its optional parts tell at import what is not installed; nothing of it concerns a user.
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+    # mcore and torch tell at import what is optional and at run time what they will rename; none of it is for
+    # users.
+    for module in ("megatron", "torch"):
+        warnings.filterwarnings("ignore", module=rf"{module}\.")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("ltrain").setLevel(logging.INFO)

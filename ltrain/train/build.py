@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from ltrain.attention.module import AttentionSettings, CoreAttention
 from ltrain.config.base import ConfigError
-from ltrain.config.model import HFModel
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Corpus, Loader, held_out_rows, open_corpus
 from ltrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,6 +20,7 @@ from ltrain.model.build import build_model
 from ltrain.model.families import extend_rope, resolve_spec
 from ltrain.model.language_model import LanguageModel
 from ltrain.model.spec import ModelSpec
+from ltrain.model.weights import check_weights, import_model
 from ltrain.parallel.mesh import Mesh, check_world, init_mesh
 from ltrain.train.assignment import StaticAssignment, rows_per_step
 from ltrain.train.checkpoint.manager import CheckpointManager
@@ -56,9 +56,7 @@ def check_run(config: RunConfig, world_size: int) -> Plan:
     spec = resolve_spec(config.model, tokenizer_vocab_size=tokenizer.vocab_size)
     spec = extend_rope(spec, config.rope, config.train.seq_len)
     spec.check_parallel(tensor=parallel.tensor, pipeline=parallel.pipeline)
-    if isinstance(config.model, HFModel):
-        from ltrain.model.weights import check_weights
-
+    if spec.source is not None:
         check_weights(spec)
     rows = rows_per_step(config.train.tokens_per_step, config.train.seq_len, data_size)
     return Plan(spec, tokenizer, data_size, rows)
@@ -154,8 +152,5 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
         z_loss=config.train.z_loss,
     )
     model.to(mesh.device)
-    if isinstance(config.model, HFModel):
-        from ltrain.model.weights import import_model
-
-        import_model(model, spec, mesh)
+    import_model(model, spec, mesh, seed=config.run.seed)
     return model

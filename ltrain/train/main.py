@@ -49,9 +49,8 @@ def train(config: RunConfig) -> int:
         log.error("%s", error)
         return EXIT_CHECKPOINT if isinstance(error, CheckpointError) else EXIT_RESOURCES
     except torch.OutOfMemoryError as error:
-        log.error(
-            "rank %d: out of device memory (%s). %s", dist.get_rank(), str(error).splitlines()[0], _LEVERS
-        )
+        reason = str(error).splitlines()[0]
+        log.error("rank %d: out of device memory (%s). %s", dist.get_rank(), reason, _LEVERS)
         return EXIT_RESOURCES
     except RuntimeError as error:
         if "can't allocate memory" in str(error):
@@ -66,8 +65,8 @@ def train(config: RunConfig) -> int:
 
 
 _LEVERS = (
-    "In this order: a higher memory.level, a larger parallel.context.degree, a smaller train.loss_chunk_tokens, "
-    "optimizer.kind=cpu_adam."
+    "In this order: a higher memory.level, a larger parallel.context.degree, a smaller train.loss_chunk_tokens,"
+    " optimizer.kind=cpu_adam."
 )
 
 

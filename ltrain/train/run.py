@@ -120,7 +120,8 @@ class Run:
             f"model {spec.family}, {spec.num_parameters / 1e6:,.1f} M parameters, {train.dtype}, "
             f"rope {config.rope.kind} at {train.seq_len} tokens",
             f"mesh {self.mesh.describe()} on {self.mesh.device.type}",
-            f"context parallelism: {context.schedule} exchange, {context.layout} layout, blocks of {context.block}",
+            f"context parallelism: {context.schedule} exchange, {context.layout} layout, "
+            f"blocks of {context.block}",
             f"{train.tokens_per_step} tokens a step = {train.seq_len} tokens a row x {micro} micro-batches x "
             f"{self.mesh.data.size} data-parallel ranks",
             f"steps {self.step} to {train.steps}, {len(self.held_out)} held-out rows",
