@@ -65,8 +65,8 @@ def train(config: RunConfig) -> int:
 
 
 _LEVERS = (
-    "In this order: a higher memory.level, a larger parallel.context.degree, a smaller train.loss_chunk_tokens,"
-    " optimizer.kind=cpu_adam."
+    "In this order: a higher memory.level, a larger parallel.context.degree, a smaller "
+    "train.loss_chunk_tokens, optimizer.kind=cpu_adam."
 )
 
 

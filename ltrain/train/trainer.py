@@ -7,7 +7,6 @@ import math
 import statistics
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -117,7 +116,9 @@ class Trainer:
         run = self.run
         self.save(wait=True)
         if dist.get_rank() == 0:
-            (Path(run.folder) / "PREEMPTED").write_text(f"{run.step}\n")
+            for marker in (run.folder / "PREEMPTED", self.config.run.stop_marker):
+                if marker is not None:
+                    marker.write_text(f"{run.step}\n")
             log.info("stopped at step %d (%s); the same command continues it", run.step, reason)
         return EXIT_STOPPED
 
