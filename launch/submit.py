@@ -53,8 +53,7 @@ def main() -> int:
 def submit(args: argparse.Namespace, overrides: list[str]) -> int:
     """Check, render, and unless dry, submit."""
     from ltrain.config.load import load_config, parse_overrides
-    from ltrain.train.build import check_run, run_folder
-    from ltrain.train.run import write_config
+    from ltrain.train.plan import check_run, run_folder, write_config
 
     if args.nodes < 1:
         raise ConfigError("--nodes", args.nodes, "must be at least 1")

@@ -1,11 +1,9 @@
-"""Building a run: what can be checked without a process group first, then mesh, model, data, optimizer."""
+"""Building a run: mesh, data, model, optimizer, checkpoints."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,54 +13,24 @@ from ltrain.attention.module import AttentionSettings, CoreAttention
 from ltrain.config.base import ConfigError
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Corpus, Loader, held_out_rows, open_corpus
-from ltrain.data.tokenizer import Tokenizer, load_tokenizer
+from ltrain.data.tokenizer import Tokenizer
 from ltrain.model.build import build_model
-from ltrain.model.families import extend_rope, resolve_spec
 from ltrain.model.language_model import LanguageModel
 from ltrain.model.spec import ModelSpec
-from ltrain.model.weights import check_weights, import_model
-from ltrain.parallel.mesh import Mesh, check_world, init_mesh
-from ltrain.train.assignment import StaticAssignment, rows_per_step
+from ltrain.model.weights import import_model
+from ltrain.parallel.mesh import Mesh, init_mesh
+from ltrain.train.assignment import StaticAssignment
 from ltrain.train.checkpoint.manager import CheckpointManager
 from ltrain.train.evaluate import position_buckets
 from ltrain.train.optimizer import build_optimizer
+from ltrain.train.plan import check_run, run_folder
 from ltrain.train.run import Run
 from ltrain.train.step import wrap_ddp
 
 log = logging.getLogger("ltrain")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a configuration means before anything is started: the model, its degrees, the shape of a step."""
-
-    spec: ModelSpec
-    tokenizer: Tokenizer
-    data_size: int
-    rows: int
-
-
-def run_folder(config: RunConfig) -> Path:
-    return config.run.output / config.run.name
-
-
-def check_run(config: RunConfig, world_size: int) -> Plan:
-    """Check everything that needs no process group. Raises ConfigError."""
-    parallel = config.parallel
-    data_size = check_world(
-        world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context.degree
-    )
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    spec = resolve_spec(config.model, tokenizer_vocab_size=tokenizer.vocab_size)
-    spec = extend_rope(spec, config.rope, config.train.seq_len)
-    spec.check_parallel(tensor=parallel.tensor, pipeline=parallel.pipeline)
-    if spec.source is not None:
-        check_weights(spec)
-    rows = rows_per_step(config.train.tokens_per_step, config.train.seq_len, data_size)
-    return Plan(spec, tokenizer, data_size, rows)
-
-
-def build_run(config: RunConfig, *, world_size: int | None = None) -> Run:
+def build_run(config: RunConfig) -> Run:
     """Build all parts of a run on this rank, at step 0. Collective over the default group."""
     parallel, train = config.parallel, config.train
     plan = check_run(config, dist.get_world_size())

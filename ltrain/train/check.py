@@ -11,7 +11,7 @@ from ltrain.config.base import ConfigError
 from ltrain.config.schema import RunConfig
 from ltrain.model.flops import flops_per_token
 from ltrain.model.memory import GIB, estimate_memory, longest_context
-from ltrain.train.build import Plan, check_run, run_folder
+from ltrain.train.plan import Plan, check_run, run_folder
 
 
 def check_lines(

@@ -17,10 +17,11 @@ from ltrain.config.base import ConfigError
 from ltrain.config.schema import RunConfig
 from ltrain.parallel import seam
 from ltrain.parallel.mesh import init_process_group
-from ltrain.train.build import build_run, check_run
+from ltrain.train.build import build_run
 from ltrain.train.checkpoint.folder import CheckpointError
 from ltrain.train.checkpoint.manager import CheckpointManager
-from ltrain.train.run import Run, model_fingerprint, write_config
+from ltrain.train.plan import check_run, write_config
+from ltrain.train.run import Run, model_fingerprint
 from ltrain.train.signals import die_with_parent
 from ltrain.train.trainer import NonFinite, Trainer
 

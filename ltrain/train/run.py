@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Loader
@@ -175,12 +174,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+dirty" if changes.strip() else "")
-
-
-def write_config(config: RunConfig, folder: Path) -> None:
-    """Write the resolved configuration of the run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    temporary = folder / "config.yaml.tmp"
-    temporary.write_text(text)
-    temporary.replace(folder / "config.yaml")
