@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Corpus, Loader, held_out_rows, open_corpus
 from ltrain.data.tokenizer import Tokenizer
 from ltrain.model.build import build_model
-from ltrain.model.language_model import LanguageModel
 from ltrain.model.spec import ModelSpec
 from ltrain.model.weights import import_model
 from ltrain.parallel.mesh import Mesh, init_mesh
@@ -105,7 +103,8 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
     )
     model = build_model(
         spec,
-        core_attention=partial(CoreAttention, settings=settings),
+        core_attention=CoreAttention,
+        core_attention_params={"settings": settings},
         tensor=mesh.tensor.size,
         pipeline=mesh.pipeline.size,
         context=mesh.context.size,
@@ -114,8 +113,6 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
         pre_process=mesh.is_first_stage,
         post_process=mesh.is_last_stage,
         variable_seq_lengths=mesh.pipeline.size > 1,
-        model_class=LanguageModel,
-        real_vocab_size=spec.vocab_size,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         z_loss=config.train.z_loss,
     )
