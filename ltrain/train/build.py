@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from ltrain.attention.module import AttentionSettings, CoreAttention
 from ltrain.config.base import ConfigError
@@ -16,6 +17,7 @@ from ltrain.data.tokenizer import Tokenizer
 from ltrain.model.build import build_model
 from ltrain.model.spec import ModelSpec
 from ltrain.model.weights import import_model
+from ltrain.parallel import seam
 from ltrain.parallel.mesh import Mesh, init_mesh
 from ltrain.train.assignment import StaticAssignment
 from ltrain.train.checkpoint.manager import CheckpointManager
@@ -38,6 +40,8 @@ def build_run(config: RunConfig) -> Run:
         context=parallel.context.degree,
         timeout_s=train.timeout_s,
     )
+    with seam.cpu_seam():
+        model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
     corpus = open_corpus_once(config, plan.tokenizer)
     model = build_language_model(config, plan.spec, mesh)
     ddp = wrap_ddp(
