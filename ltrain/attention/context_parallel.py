@@ -1,7 +1,8 @@
 """Attention over a sequence that a group of ranks shares: any block index, any layout, exact gradients.
 
-`context_parallel_attention` is the one entry. It plans once for an index, layout, documents and shapes (layers and
-micro-batches that share them share the plan), has all ranks compare what they are about to do, and runs the plan.
+`context_parallel_attention` is the one entry. It plans once for an index, layout, documents and shapes
+(layers and micro-batches that share them share the plan), has all ranks compare what they are about to do,
+and runs the plan.
 """
 
 from __future__ import annotations
@@ -45,26 +46,36 @@ def context_parallel_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the whole sequence's keys and values, as `index` selects them.
 
-    q [B, T_local, Hq, D], k [B, T_local, Hkv, D], v [B, T_local, Hkv, Dv]: the tokens `layout.positions(rank)`, rank
-    counted in `group`. Hkv divides Hq; heads are numbered as in `index`. index: blocks of `layout.block` tokens over
-    the whole sequence in document order, equal on all ranks; causality is by token id. doc_ids: int [T] or [B, T] for
-    the whole sequence; tokens attend within their document only. window: a query sees keys less than so many tokens
-    before it (None: no limit).
-    schedule: a name of `SCHEDULES`, or "auto". node_size: so many consecutive ranks of the group share a node; needed
-    by the schedules that use it. scale: default 1 / sqrt(D). grad_wire: the type in which partial dK and dV travel to
-    their owner, who sums them in fp32; default the type of k. traffic: a counter to fill.
-    saved: (out, lse) of an earlier call with equal inputs: they are returned as they are, without an exchange and
-    without attention, and the gradients are those of the call. This is how activation checkpointing recomputes a layer.
+    q [B, T_local, Hq, D], k [B, T_local, Hkv, D], v [B, T_local, Hkv, Dv]: the tokens
+    `layout.positions(rank)`, rank counted in `group`. Hkv divides Hq; heads are numbered as in `index`.
+    index: blocks of `layout.block` tokens over the whole sequence in document order, equal on all ranks;
+    causality is by token id. doc_ids: int [T] or [B, T] for the whole sequence; tokens attend within their
+    document only. window: a query sees keys less than so many tokens before it (None: no limit).
+    schedule: a name of `SCHEDULES`, or "auto". node_size: so many consecutive ranks of the group share a
+    node; needed by the schedules that use it. scale: default 1 / sqrt(D). grad_wire: the type in which
+    partial dK and dV travel to their owner, who sums them in fp32; default the type of k. traffic: a counter
+    to fill. saved: (out, lse) of an earlier call with equal inputs: they are returned as they are, without an
+    exchange and without attention, and the gradients are those of the call. This is how activation
+    checkpointing recomputes a layer.
 
-    Returns out [B, T_local, Hq, Dv] in q's type and lse [B, Hq, T_local] fp32 (fp64 for fp64 inputs), natural log, both
-    differentiable; a query that sees no key gets 0 and -inf.
-    Deterministic. Raises ConfigError, on all ranks before the first exchange, where shapes don't fit the layout or
-    differ between ranks, or where the schedule can't serve the index (arXiv 2510.18830; docs/context_parallel.md).
+    Returns out [B, T_local, Hq, Dv] in q's type and lse [B, Hq, T_local] fp32 (fp64 for fp64 inputs), natural
+    log, both differentiable; a query that sees no key gets 0 and -inf.
+    Deterministic. Raises ConfigError, on all ranks before the first exchange, where shapes don't fit the
+    layout or differ between ranks, or where the schedule can't serve the index (arXiv 2510.18830;
+    docs/context_parallel.md).
     """
     plan = plan_attention(
-        q, k, v, layout=layout, group=group, index=index, doc_ids=doc_ids, window=window,
-        schedule=schedule, node_size=node_size,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        layout=layout,
+        group=group,
+        index=index,
+        doc_ids=doc_ids,
+        window=window,
+        schedule=schedule,
+        node_size=node_size,
+    )
     if traffic is not None and traffic.node_size is None:
         traffic.node_size = node_size
     call = _Call(
@@ -112,17 +123,34 @@ _plans: OrderedDict[tuple[Any, ...], tuple[tuple[Any, ...], Schedule]] = Ordered
 
 
 def plan_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, layout: SequenceLayout, group: Group, index: BlockIndex,
-    doc_ids: Tensor | None = None, window: int | None = None, schedule: str = "auto", node_size: int | None = None,
-) -> Schedule:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: SequenceLayout,
+    group: Group,
+    index: BlockIndex,
+    doc_ids: Tensor | None = None,
+    window: int | None = None,
+    schedule: str = "auto",
+    node_size: int | None = None,
+) -> Schedule:
     """The plan of a call, from the cache where one was made for the same index, documents, layout and shapes.
 
-    The cache goes by the identity of the index and document tensors: keep one index object for all layers that share
-    a static pattern. Raises as `context_parallel_attention`.
+    The cache goes by the identity of the index and document tensors: keep one index object for all layers
+    that share a static pattern. Raises as `context_parallel_attention`.
     """
     shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, k.dtype, v.dtype, str(q.device))
     parts = (index, doc_ids, group)
-    key = (*(id(x) for x in parts), getattr(doc_ids, "_version", 0), layout, window, schedule, node_size, shapes)
+    key = (
+        *(id(x) for x in parts),
+        getattr(doc_ids, "_version", 0),
+        layout,
+        window,
+        schedule,
+        node_size,
+        shapes,
+    )
     if key in _plans:
         refs, plan = _plans[key]
         if all((ref() if ref is not None else None) is x for ref, x in zip(refs, parts, strict=True)):
@@ -137,17 +165,34 @@ def plan_attention(
 
 
 def _make_plan(
-    q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, group: Group, index: BlockIndex,
-    doc_ids: Tensor | None, window: int | None, schedule: str, node_size: int | None,
-) -> Schedule:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    group: Group,
+    index: BlockIndex,
+    doc_ids: Tensor | None,
+    window: int | None,
+    schedule: str,
+    node_size: int | None,
+) -> Schedule:
     error: Exception | None = None
     make: Callable[[], Schedule] | None = None
     try:
         _check_shapes(q, k, v, layout, group, index, doc_ids)
         problem = Problem(
-            layout, index.to(q.device), doc_ids, q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype,
-            q.device, window,
-        )  # fmt: skip
+            layout,
+            index.to(q.device),
+            doc_ids,
+            q.shape[0],
+            q.shape[2],
+            k.shape[2],
+            q.shape[3],
+            v.shape[3],
+            q.dtype,
+            q.device,
+            window,
+        )
         make = build(schedule, problem, group, node_size)
     except Exception as caught:
         error = caught
@@ -168,7 +213,13 @@ def _make_plan(
 
 
 def _check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, group: Group, index: BlockIndex, doc_ids: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    group: Group,
+    index: BlockIndex,
+    doc_ids: Tensor | None,
 ) -> None:
     def check(holds: bool, field: str, value: object, rule: str, fix: str = "") -> None:
         if not holds:
@@ -177,7 +228,9 @@ def _check_shapes(
     for name, x in (("q", q), ("k", k), ("v", v)):
         check(x.dim() == 4, f"{name}.shape", tuple(x.shape), "must be [batch, tokens, heads, head size]")
     size = size_of(group)
-    check(layout.world_size == size, "layout.world_size", layout.world_size, f"must be the group's size {size}")
+    check(
+        layout.world_size == size, "layout.world_size", layout.world_size, f"must be the group's size {size}"
+    )
     length = layout.length(rank_in(group))
     for name, x in (("q", q), ("k", k), ("v", v)):
         check(x.shape[1] == length, f"{name}.shape[1]", x.shape[1], f"must be this rank's {length} tokens")
@@ -186,17 +239,31 @@ def _check_shapes(
     check(k.shape[3] == q.shape[3], "k.shape[3]", k.shape[3], f"must be q's head size {q.shape[3]}")
     check(v.shape[2] == k.shape[2], "v.shape[2]", v.shape[2], f"must be k's {k.shape[2]} heads")
     heads = k.shape[2]
-    check(heads > 0 and q.shape[2] % heads == 0, "k.shape[2]", heads, f"must divide the {q.shape[2]} query heads")
     check(
-        index.block_q == index.block_k == layout.block, "index.block", (index.block_q, index.block_k),
+        heads > 0 and q.shape[2] % heads == 0,
+        "k.shape[2]",
+        heads,
+        f"must divide the {q.shape[2]} query heads",
+    )
+    check(
+        index.block_q == index.block_k == layout.block,
+        "index.block",
+        (index.block_q, index.block_k),
         f"must be layout.block={layout.block}",
-    )  # fmt: skip
+    )
     blocks = (index.num_rows, index.num_cols)
     check(
-        blocks == (layout.num_blocks, layout.num_blocks), "index.blocks", blocks,
+        blocks == (layout.num_blocks, layout.num_blocks),
+        "index.blocks",
+        blocks,
         f"must be {layout.num_blocks} x {layout.num_blocks}, over the whole sequence",
-    )  # fmt: skip
-    check(index.heads in (1, heads, q.shape[2]), "index.heads", index.heads, f"must be 1, {heads} or {q.shape[2]}")
+    )
+    check(
+        index.heads in (1, heads, q.shape[2]),
+        "index.heads",
+        index.heads,
+        f"must be 1, {heads} or {q.shape[2]}",
+    )
     check(index.batch in (1, q.shape[0]), "index.batch", index.batch, f"must be 1 or {q.shape[0]}")
     if doc_ids is not None:
         good = [(layout.num_tokens,), (1, layout.num_tokens), (q.shape[0], layout.num_tokens)]

@@ -13,13 +13,17 @@ from ltrain.parallel.collectives import Group, size_of
 
 
 def agree(
-    group: Group, facts: Mapping[str, object], error: Exception | None = None, device: torch.device | str = "cpu"
+    group: Group,
+    facts: Mapping[str, object],
+    error: Exception | None = None,
+    device: torch.device | str = "cpu",
 ) -> None:
-    """Return if no rank of `group` brought an `error` and all brought equal `facts`; else raise on every rank.
+    """Return if no rank of `group` brought an `error` and all brought equal `facts`; else raise on every
+    rank.
 
-    One all-gather of a few integers; on a disagreement one more, of the texts. The facts are compared by a hash of
-    their `repr`, and every rank must name the same facts. Raises the error of the lowest failing rank as ConfigError,
-    or a ConfigError that names the first fact that differs with its value on each rank.
+    One all-gather of a few integers; on a disagreement one more, of the texts. The facts are compared by a
+    hash of their `repr`, and every rank must name the same facts. Raises the error of the lowest failing rank
+    as ConfigError, or a ConfigError that names the first fact that differs with its value on each rank.
     """
     if size_of(group) == 1:
         if error is not None:
@@ -41,10 +45,14 @@ def agree(
         reports: list[tuple[str, str, str, str] | None] = [None] * size_of(group)
         dist.all_gather_object(reports, report, group=group)
         rank, first = next((r, text) for r, text in enumerate(reports) if text is not None)
-        raise ConfigError(first[0], _Plain(first[1]), f"{first[2]} (found on rank {rank})", first[3]) from error
+        raise ConfigError(
+            first[0], _Plain(first[1]), f"{first[2]} (found on rank {rank})", first[3]
+        ) from error
     if any(row != rows[0] for row in rows):
         values: list[dict[str, str]] = [{}] * size_of(group)
-        dist.all_gather_object(values, {name: repr(value)[:200] for name, value in facts.items()}, group=group)
+        dist.all_gather_object(
+            values, {name: repr(value)[:200] for name, value in facts.items()}, group=group
+        )
         for column, name in enumerate(facts):
             if len({row[column + 1] for row in rows}) > 1:
                 by_rank = {rank: value[name] for rank, value in enumerate(values)}

@@ -1,7 +1,8 @@
 """Asynchronous exchanges on explicit process groups, with every byte counted.
 
-All ranks here are relative to the group that is passed. Each exchange returns at once with a `Pending`; the buffers
-that it holds stay alive until `Pending.wait`, so that a backend with its own stream never reads freed memory.
+All ranks here are relative to the group that is passed. Each exchange returns at once with a `Pending`; the
+buffers that it holds stay alive until `Pending.wait`, so that a backend with its own stream never reads freed
+memory.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def rank_in(group: Group) -> int:
 class Traffic:
     """What this rank sent, waited for and worked on: a counter that the caller owns and passes in.
 
-    `node_size` ranks of the group share a node (None: all of them). Bytes are payload bytes handed to the transport.
+    `node_size` ranks of the group share a node (None: all of them). Bytes are payload bytes handed to the
+    transport.
     """
 
     node_size: int | None = None
@@ -50,7 +52,8 @@ class Traffic:
 
     @property
     def wait_s(self) -> float:
-        """Seconds during which computation stood still for an exchange (on a GPU: waits for the device to finish)."""
+        """Seconds during which computation stood still for an exchange (on a GPU: waits for the device to
+        finish)."""
         for start, end in self._device_waits:
             end.synchronize()
             self.host_wait_s += start.elapsed_time(end) / 1e3
@@ -134,9 +137,14 @@ class Channel:
         return Pending(works, tuple(t for _, t in receives), tuple(t for _, t in sends), traffic)
 
     def all_to_all(
-        self, send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], traffic: Traffic | None = None
+        self,
+        send: Tensor,
+        send_sizes: Sequence[int],
+        receive_sizes: Sequence[int],
+        traffic: Traffic | None = None,
     ) -> Pending:
-        """Start an uneven all-to-all of a flat tensor: `send_sizes[i]` elements go to member i, in member order."""
+        """Start an uneven all-to-all of a flat tensor: `send_sizes[i]` elements go to member i, in member
+        order."""
         received = send.new_empty(sum(receive_sizes))
         if self.size == 1:
             received.copy_(send)
@@ -148,12 +156,17 @@ class Channel:
         )
         return Pending([work], (received,), (send,), traffic)
 
-    def all_gather(self, sends: Sequence[Tensor], lengths: Sequence[int], order: Sequence[int],
-                   traffic: Traffic | None = None) -> Pending:
+    def all_gather(
+        self,
+        sends: Sequence[Tensor],
+        lengths: Sequence[int],
+        order: Sequence[int],
+        traffic: Traffic | None = None,
+    ) -> Pending:
         """Start gathering shards along dimension 0, laid out in the member order `order`.
 
-        `lengths[i]` is the shard length of member i. Equal lengths in natural order use the collective; others are
-        sent pairwise, so that nothing is padded.
+        `lengths[i]` is the shard length of member i. Equal lengths in natural order use the collective;
+        others are sent pairwise, so that nothing is padded.
         """
         received = tuple(t.new_empty((sum(lengths), *t.shape[1:])) for t in sends)
         if self.size == 1:
@@ -195,8 +208,8 @@ _communicators: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = wea
 def channel(group: Group, purpose: str, members: Sequence[int] | None = None) -> Channel:
     """A communicator of its own for `purpose` over `members` of `group` (all of them by default), made once.
 
-    Messages of different purposes never queue behind each other. Every member must ask for its channels in the same
-    order; ranks outside `members` don't take part. Raises ValueError where this rank is no member.
+    Messages of different purposes never queue behind each other. Every member must ask for its channels in
+    the same order; ranks outside `members` don't take part. Raises ValueError where this rank is no member.
     """
     everyone = tuple(range(size_of(group)))
     ranks = everyone if members is None else tuple(members)

@@ -18,7 +18,9 @@ class Reference:
     dv: Tensor
 
 
-def visible_pairs(mask: Tensor, block: int, num_tokens: int, doc_ids: Tensor | None, batch: int, heads: int) -> Tensor:
+def visible_pairs(
+    mask: Tensor, block: int, num_tokens: int, doc_ids: Tensor | None, batch: int, heads: int
+) -> Tensor:
     """Bool [B, heads, T, T] from a block mask bool [b, h, R, C]: selected, causal, same document."""
     pairs = mask.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :num_tokens, :num_tokens]
     pairs = pairs.repeat_interleave(heads // mask.shape[1], 1).expand(batch, -1, -1, -1)

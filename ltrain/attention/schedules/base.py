@@ -1,11 +1,12 @@
 """What every context-parallel schedule is made of: chunks of tokens, steps over them, feeds and sinks.
 
-A schedule is a plan (which key/value chunk meets this rank's queries at which step) with two movers: `keys` brings
-the chunks, the next one in flight while the present one is worked on, and `gradients` takes the partial dK and dV of
-each step home, where their owner sums them in a fixed order. One driver (`engine`) runs any of them, both ways.
+A schedule is a plan (which key/value chunk meets this rank's queries at which step) with two movers: `keys`
+brings the chunks, the next one in flight while the present one is worked on, and `gradients` takes the
+partial dK and dV of each step home, where their owner sums them in a fixed order. One driver (`engine`) runs
+any of them, both ways.
 
-Shape legend, schedules only: T tokens first, then B batch, K kv heads, D head size; tensors of shape [T, B, K, D]
-concatenate along tokens without copies.
+Shape legend, schedules only: T tokens first, then B batch, K kv heads, D head size; tensors of shape [T, B,
+K, D] concatenate along tokens without copies.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ class Chunk:
 class Step:
     """One attention call: this rank's queries against `keys`, over the pairs that `plan` finds visible.
 
-    `tiles` is the number of blocks that are worked on, counted over the heads of the index. With `folded` the kv heads
-    hold different tokens: they are folded into the batch (k [T, B x K, 1, D], positions and documents [B x K, T]).
+    `tiles` is the number of blocks that are worked on, counted over the heads of the index. With `folded` the
+    kv heads hold different tokens: they are folded into the batch (k [T, B x K, 1, D], positions and
+    documents [B x K, T]).
     """
 
     keys: Chunk
@@ -58,7 +60,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """What all ranks know: the sequence, who holds it, what is to be attended, and the shapes of q, k and v."""
+    """What all ranks know: the sequence, who holds it, what is to be attended, and the shapes of q, k and
+    v."""
 
     layout: SequenceLayout
     index: BlockIndex
@@ -77,9 +80,12 @@ class Problem:
         return self.num_q_heads // max(self.num_kv_heads, 1)
 
     def chunk(self, ranks: Sequence[int]) -> tuple[Chunk, list[int]]:
-        """The shards of `ranks` as one chunk, and the order in which it holds them: a short block must come last."""
+        """The shards of `ranks` as one chunk, and the order in which it holds them: a short block must come
+        last."""
         order = self.order(ranks)
-        blocks = np.concatenate([self.layout.blocks(rank) for rank in order]) if order else np.empty(0, np.int64)
+        blocks = (
+            np.concatenate([self.layout.blocks(rank) for rank in order]) if order else np.empty(0, np.int64)
+        )
         return self.chunk_of(blocks), order
 
     def order(self, ranks: Sequence[int]) -> list[int]:
@@ -104,7 +110,8 @@ class GradientSink(Protocol):
     """Takes the partial gradients of each step to the owners of the keys."""
 
     def put(self, number: int, dk: Tensor, dv: Tensor) -> None:
-        """Partial gradients of step `number`, fp32 (fp64 for fp64 inputs), shaped like that step's keys and values."""
+        """Partial gradients of step `number`, fp32 (fp64 for fp64 inputs), shaped like that step's keys and
+        values."""
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """dK and dV of this rank's own shard, summed over all ranks."""
@@ -143,4 +150,3 @@ def select_heads(index: BlockIndex, q_heads: Sequence[int], num_q_heads: int) ->
 def partial_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which partial results are held: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-

@@ -1,8 +1,8 @@
 """Runs a planned exchange forward and backward.
 
-The forward pass streams: it holds the running (out, lse) and never more than the feed's buffers. The backward pass
-fetches the keys and values again and uses the merged lse and the global delta = rowsum(out * dout) - dlse, so that a
-partial call needs no state of its own (see docs/context_parallel.md).
+The forward pass streams: it holds the running (out, lse) and never more than the feed's buffers. The backward
+pass fetches the keys and values again and uses the merged lse and the global delta = rowsum(out * dout) -
+dlse, so that a partial call needs no state of its own (see docs/context_parallel.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ltrain_kernels.block_sparse import attention_delta
 
 
 class Schedule(Protocol):
-    """What the autograd function calls. `kept` are tensors that save the backward pass an exchange; it works without."""
+    """What the autograd function calls. `kept` are tensors that save the backward pass an exchange; it works
+    without."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, traffic: Traffic | None
@@ -27,9 +28,19 @@ class Schedule(Protocol):
         """(out [B, T, N, Dv], lse [B, N, T], kept)."""
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
-        kept: tuple[Tensor, ...], scale: float, wire: torch.dtype, traffic: Traffic | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        kept: tuple[Tensor, ...],
+        scale: float,
+        wire: torch.dtype,
+        traffic: Traffic | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) in the types of q, k and v."""
 
 
@@ -45,9 +56,19 @@ class TokenSharded:
         return *run_forward(self.exchange, q, k, v, scale, traffic), ()
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
-        kept: tuple[Tensor, ...], scale: float, wire: torch.dtype, traffic: Traffic | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        kept: tuple[Tensor, ...],
+        scale: float,
+        wire: torch.dtype,
+        traffic: Traffic | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         delta = make_delta(out, dout, lse, dlse)
         dq, dk, dv = run_backward(self.exchange, dout, q, k, v, delta, lse, scale, wire, traffic)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
@@ -78,9 +99,17 @@ def make_delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> T
 
 
 def run_backward(
-    exchange: Exchange, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse: Tensor, scale: float,
-    wire: torch.dtype, traffic: Traffic | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    exchange: Exchange,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    scale: float,
+    wire: torch.dtype,
+    traffic: Traffic | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of this rank's shards, fp32 (fp64 for fp64 inputs)."""
     dq = torch.zeros(q.shape, dtype=partial_dtype(q.dtype), device=q.device)
     own_k, own_v = tokens_first(k), tokens_first(v)

@@ -48,22 +48,36 @@ def unfold(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(folded // kv_heads, tokens, kv_heads * group, dim)
 
 
-def forward_step(q: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, step: Step, scale: float) -> tuple[Tensor, Tensor]:
+def forward_step(
+    q: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, step: Step, scale: float
+) -> tuple[Tensor, Tensor]:
     """(out, lse) of q [B, T, N, D] over one step's keys, partial: normalised by this step alone."""
     batch, tokens, heads, _ = q.shape
     kv_heads = k_TBKD.shape[1] // batch
     out, lse = attention_forward(
-        fold(q, kv_heads) if step.folded else q, k_TBKD.transpose(0, 1), v_TBKD.transpose(0, 1), step.plan,
-        scale=scale, out_dtype=partial_dtype(q.dtype),
-    )  # fmt: skip
+        fold(q, kv_heads) if step.folded else q,
+        k_TBKD.transpose(0, 1),
+        v_TBKD.transpose(0, 1),
+        step.plan,
+        scale=scale,
+        out_dtype=partial_dtype(q.dtype),
+    )
     return (unfold(out, kv_heads), lse.reshape(batch, heads, tokens)) if step.folded else (out, lse)
 
 
 def backward_step(
-    dout: Tensor, q: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, delta: Tensor, lse: Tensor, step: Step, scale: float,
+    dout: Tensor,
+    q: Tensor,
+    k_TBKD: Tensor,
+    v_TBKD: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    step: Step,
+    scale: float,
     dq: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Adds one step's part to dq [B, T, N, D] and returns its dk, dv [T, B, K, D]; lse merged, delta global [B, N, T]."""
+) -> tuple[Tensor, Tensor]:
+    """Adds one step's part to dq [B, T, N, D] and returns its dk, dv [T, B, K, D]; lse merged, delta global
+    [B, N, T]."""
     batch, tokens, heads, _ = q.shape
     kv_heads = k_TBKD.shape[1] // batch
     k, v = k_TBKD.transpose(0, 1), v_TBKD.transpose(0, 1)

@@ -1,7 +1,7 @@
 """The schedules by name, and how each is put together from its parts.
 
-`build` checks that a schedule can serve the problem and returns a function that makes it. Checks communicate nothing;
-making a schedule may create communicators, which every rank of the group does in the same order.
+`build` checks that a schedule can serve the problem and returns a function that makes it. Checks communicate
+nothing; making a schedule may create communicators, which every rank of the group does in the same order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ Maker = Callable[[], Schedule]
 
 
 def build(name: str, problem: Problem, group: Group, node_size: int | None) -> Maker:
-    """A function that makes the schedule `name` for this rank. Raises ConfigError where it can't serve the problem."""
+    """A function that makes the schedule `name` for this rank. Raises ConfigError where it can't serve the
+    problem."""
     if name not in SCHEDULES:
         raise ConfigError("schedule", name, f"must be one of {', '.join(SCHEDULES)}")
     return SCHEDULES[name](problem, group, node_size)
@@ -59,6 +60,7 @@ def _ulysses(problem: Problem, group: Group, node_size: int | None) -> Maker:
 
 
 SCHEDULES: dict[str, Callable[[Problem, Group, int | None], Maker]] = {
+    "auto": _ring,
     "ring": _ring,
     "all_gather": _all_gather,
     "ulysses": _ulysses,

@@ -1,13 +1,13 @@
 """Ulysses: an all-to-all trades the shard of the sequence for a shard of the heads (arXiv 2309.14509).
 
-Each member then attends with its heads over all members' tokens and sends the result back. Heads need not divide
-evenly; where there are fewer KV heads than members, a KV head goes to every member that holds a query head of it.
-Heads are dealt by their work when the index gives heads different densities, longest first, never more than
-ceil(heads / members) to one member.
+Each member then attends with its heads over all members' tokens and sends the result back. Heads need not
+divide evenly; where there are fewer KV heads than members, a KV head goes to every member that holds a query
+head of it. Heads are dealt by their work when the index gives heads different densities, longest first, never
+more than ceil(heads / members) to one member.
 
-Bytes sent by rank r with s tokens of b bytes, when members get equal heads: (W - 1) / W x s x b x (Hq (D + Dv) +
-Hkv' (D + Dv)) and 4 bytes a head and token of lse, forward; Hkv' counts replicated KV heads. Backward without saved
-copies (after activation checkpointing) fetches q, k, v again.
+Bytes sent by rank r with s tokens of b bytes, when members get equal heads: (W - 1) / W x s x b x (Hq (D +
+Dv) + Hkv' (D + Dv)) and 4 bytes a head and token of lse, forward; Hkv' counts replicated KV heads. Backward
+without saved copies (after activation checkpointing) fetches q, k, v again.
 Memory beyond inputs and outputs: the same tensors once more in the other layout.
 """
 
@@ -27,10 +27,11 @@ from ltrain.parallel.collectives import Channel, Traffic
 
 @dataclass(frozen=True)
 class HeadDeal:
-    """Which query and kv heads every member works on; `kv_of_q[i]` places member i's query heads on its kv heads.
+    """Which query and kv heads every member works on; `kv_of_q[i]` places member i's query heads on its kv
+    heads.
 
-    Where `grouped[i]`, kv_of_q[i] is what grouped-query attention takes for granted (equal runs); otherwise the kv
-    heads are to be expanded locally, one for each query head.
+    Where `grouped[i]`, kv_of_q[i] is what grouped-query attention takes for granted (equal runs); otherwise
+    the kv heads are to be expanded locally, one for each query head.
     """
 
     q_heads: tuple[tuple[int, ...], ...]
@@ -80,8 +81,8 @@ def deal_heads(num_q: int, num_kv: int, members: int, work: np.ndarray | None = 
 
 
 class HeadExchange:
-    """The two all-to-alls over the members of a channel. Tensors are [T, B, H, D]; tokens of all members are laid out
-    in the member order `order` (`Problem.order`)."""
+    """The two all-to-alls over the members of a channel. Tensors are [T, B, H, D]; tokens of all members are
+    laid out in the member order `order` (`Problem.order`)."""
 
     def __init__(self, channel: Channel, lengths: list[int], order: list[int], deal: HeadDeal) -> None:
         self.channel, self.lengths, self.order, self.deal = channel, lengths, order, deal
@@ -91,18 +92,18 @@ class HeadExchange:
     def total(self) -> int:
         return sum(self.lengths)
 
-    def to_heads(
-        self, by_q: list[Tensor], by_kv: list[Tensor], traffic: Traffic | None
-    ) -> list[Tensor]:
+    def to_heads(self, by_q: list[Tensor], by_kv: list[Tensor], traffic: Traffic | None) -> list[Tensor]:
         """This member's heads of all members' tokens; one all-to-all of tensors of one type."""
         tensors = [(x, self.deal.q_heads) for x in by_q] + [(x, self.deal.kv_heads) for x in by_kv]
         parts = [x[:, :, list(heads[m])].reshape(-1) for m in self.members for x, heads in tensors]
         length = self.lengths[self.me]
         row = [sum(x.shape[1] * len(h[m]) * x.shape[3] for x, h in tensors) for m in self.members]
         (flat,) = self.channel.all_to_all(
-            torch.cat(parts), [length * row[m] for m in self.members],
-            [self.lengths[m] * row[self.me] for m in self.members], traffic,
-        ).wait()  # fmt: skip
+            torch.cat(parts),
+            [length * row[m] for m in self.members],
+            [self.lengths[m] * row[self.me] for m in self.members],
+            traffic,
+        ).wait()
         pieces, at = {}, 0
         for source in self.members:
             for number, (x, heads) in enumerate(tensors):
@@ -115,9 +116,11 @@ class HeadExchange:
     def to_tokens(
         self, by_q: list[Tensor], by_kv: list[Tensor], wire: torch.dtype, traffic: Traffic | None
     ) -> list[Tensor]:
-        """The inverse: all heads of this member's tokens, from tensors with this member's heads of all tokens.
+        """The inverse: all heads of this member's tokens, from tensors with this member's heads of all
+        tokens.
 
-        Heads that several members hold (replicated KV) are added up in member order, in the wider of `wire` and fp32.
+        Heads that several members hold (replicated KV) are added up in member order, in the wider of `wire`
+        and fp32.
         """
         tensors = [(x, self.deal.q_heads, self.deal.num_q) for x in by_q]
         tensors += [(x, self.deal.kv_heads, self.deal.num_kv) for x in by_kv]
@@ -127,17 +130,21 @@ class HeadExchange:
             at += self.lengths[member]
         parts = [
             x[starts[m] : starts[m] + self.lengths[m]].reshape(-1).to(wire)
-            for m in self.members for x, _, _ in tensors
-        ]  # fmt: skip
+            for m in self.members
+            for x, _, _ in tensors
+        ]
         length = self.lengths[self.me]
         row = [sum(x.shape[1] * len(h[m]) * x.shape[3] for x, h, _ in tensors) for m in self.members]
         (flat,) = self.channel.all_to_all(
-            torch.cat(parts), [self.lengths[m] * row[self.me] for m in self.members],
-            [length * row[m] for m in self.members], traffic,
-        ).wait()  # fmt: skip
+            torch.cat(parts),
+            [self.lengths[m] * row[self.me] for m in self.members],
+            [length * row[m] for m in self.members],
+            traffic,
+        ).wait()
         sums = torch.promote_types(wire, torch.float32)
         out = [
-            torch.zeros((length, x.shape[1], num, x.shape[3]), dtype=sums, device=x.device) for x, _, num in tensors
+            torch.zeros((length, x.shape[1], num, x.shape[3]), dtype=sums, device=x.device)
+            for x, _, num in tensors
         ]
         at = 0
         for source in self.members:
@@ -150,16 +157,18 @@ class HeadExchange:
 
 
 class HeadSharded:
-    """Ulysses around an inner exchange: `inner` attends with this member's heads over the tokens of `heads.order`.
+    """Ulysses around an inner exchange: `inner` attends with this member's heads over the tokens of
+    `heads.order`.
 
-    With a channel of one member outside, `inner` is a single local step (plain Ulysses); otherwise it's a ring of
-    groups, the 2D schedule.
+    With a channel of one member outside, `inner` is a single local step (plain Ulysses); otherwise it's a
+    ring of groups, the 2D schedule.
     """
 
     def __init__(self, heads: HeadExchange, inner: Exchange) -> None:
         self.heads, self.inner = heads, inner
         me = heads.me
-        # Kernels take equal runs of query heads for each kv head; irregular deals are expanded to one kv head each.
+        # Kernels take equal runs of query heads for each kv head; irregular deals are expanded to one kv head
+        # each.
         self.expand = None if heads.deal.grouped[me] else list(heads.deal.kv_of_q[me])
 
     def forward(
@@ -172,9 +181,19 @@ class HeadSharded:
         return out_t.transpose(0, 1).to(q.dtype), lse_t[..., 0].permute(1, 2, 0), (qh, kh, vh, lse)
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
-        kept: tuple[Tensor, ...], scale: float, wire: torch.dtype, traffic: Traffic | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        kept: tuple[Tensor, ...],
+        scale: float,
+        wire: torch.dtype,
+        traffic: Traffic | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         delta = make_delta(out, dout, lse, dlse)
         (dout_h,) = self._to_heads([dout], [], traffic)
         stats = torch.stack([delta, lse], -1) if not kept else delta[..., None]
@@ -186,12 +205,19 @@ class HeadSharded:
             qh, kh, vh = self._to_heads([q], [k, v], traffic)
             lse_h = stats_h[1]
         dq, dk, dv = run_backward(
-            self.inner, dout_h, qh, self._expanded(kh), self._expanded(vh), stats_h[0], lse_h, scale, wire, traffic
+            self.inner,
+            dout_h,
+            qh,
+            self._expanded(kh),
+            self._expanded(vh),
+            stats_h[0],
+            lse_h,
+            scale,
+            wire,
+            traffic,
         )
         dk, dv = (self._summed(x, kh.shape[2]) for x in (dk, dv))
-        grads = self.heads.to_tokens(
-            [tokens_first(dq)], [tokens_first(dk), tokens_first(dv)], wire, traffic
-        )
+        grads = self.heads.to_tokens([tokens_first(dq)], [tokens_first(dk), tokens_first(dv)], wire, traffic)
         return tuple(g.transpose(0, 1).to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))  # type: ignore[return-value]
 
     def _to_heads(self, by_q: list[Tensor], by_kv: list[Tensor], traffic: Traffic | None) -> list[Tensor]:
