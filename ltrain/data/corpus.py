@@ -97,8 +97,9 @@ def open_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
             raise ConfigError(
                 f"data.sources[{s}]",
                 str(source.path),
-                f"has no document to train on: {len(store)} documents of "
-                f"{store.lengths.min()} to {store.lengths.max()} tokens, {len(ids)} pass the length filters, {held.sum()} are held out",
+                f"has no document to train on: of {len(store)} documents of {store.lengths.min()} to "
+                f"{store.lengths.max()} tokens {len(ids)} pass the length filters, "
+                f"{held.sum()} are held out",
                 "check min_tokens, max_tokens and data.holdout",
             )
         train.append(pairs[~held])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ class Loader:
         self.config, self.corpus, self.seq_len, self.seed = config, corpus, seq_len, seed
         self.tokens_per_step = tokens_per_step
         self.longest = min(config.max_document_tokens or seq_len, seq_len)
+        # One stream is cut where rows end; cutting long documents before would only add borders.
+        streamed = config.packing == "concat_split" and config.long_documents == "split"
+        self._cut = config.max_document_tokens or sys.maxsize if streamed else self.longest
         if config.long_documents == "drop" and corpus.lengths(corpus.train).min() > self.longest:
             raise ConfigError(
                 "data.long_documents",
@@ -144,9 +148,10 @@ class Loader:
     def _produce(self) -> tuple[Step, dict[str, Any]]:
         """The next step, and the state after it."""
         while not self._enough():
-            pieces, dropped = split_document(self._next_document(), self.longest, self.config.long_documents)
+            document = self._next_document()
+            pieces, dropped = split_document(document, self._cut, self.config.long_documents)
             self._dropped_tokens += dropped
-            self._split_documents += len(pieces) > 1
+            self._split_documents += document.length > self.longest and not dropped
             for piece in pieces:
                 self._ready.extend(self._packer.push(piece))
         taken = self._take()

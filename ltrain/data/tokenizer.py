@@ -90,8 +90,7 @@ def byte_tokenizer() -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
     backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(_byte_symbols())}, merges=[]))
-    # The split into words changes no id; without it a long document is one word, which is slow.
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
     engine = PreTrainedTokenizerFast(
@@ -101,6 +100,17 @@ def byte_tokenizer() -> Tokenizer:
         clean_up_tokenization_spaces=False,
     )
     return _ByteTokenizer(engine, "byte")
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether the folder says that tokenizer.json is the whole tokenizer."""
+    facts = folder / "tokenizer_config.json"
+    generic = {"TokenizersBackend", "PreTrainedTokenizerFast"}
+    return (
+        (folder / "tokenizer.json").is_file()
+        and facts.is_file()
+        and json.loads(facts.read_text()).get("tokenizer_class") in generic
+    )
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -114,10 +124,12 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise ConfigError(
             "data.tokenizer", name, "must be `byte` or a folder with a tokenizer", "check the path"
         )
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        return Tokenizer(AutoTokenizer.from_pretrained(str(folder), local_files_only=True), name)
+        # AutoTokenizer would put Qwen2's normalisation and words in place of a plain tokenizer.json's.
+        maker = PreTrainedTokenizerFast if _is_plain(folder) else AutoTokenizer
+        return Tokenizer(maker.from_pretrained(str(folder), local_files_only=True), name)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
