@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,7 +19,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
-from ltrain.model.language_model import LanguageModel
 from ltrain.model.spec import ModelSpec
 from ltrain.parallel.seam import cpu_seam, device, on_cpu
 
@@ -142,15 +142,14 @@ def build_model(
     post_process: bool = True,
     sequence_parallel: bool = False,
     variable_seq_lengths: bool = False,
-    core_attention_params: dict[str, Any] | None = None,
+    model_class: Callable[..., GPTModel] = GPTModel,
     options: dict[str, Any] | None = None,
-    loss_chunk_tokens: int = 1024,
-    z_loss: float = 0.0,
-) -> LanguageModel:
+    **model_arguments: Any,
+) -> GPTModel:
     """This pipeline stage of the model, on this process's device, with uninitialised matrices.
 
-    mcore's process groups must exist with the degrees given. `core_attention_params` are further arguments of
-    `core_attention`; `options` are further fields of `TransformerConfig`. Raises ConfigError where the
+    mcore's process groups must exist with the degrees given. `model_class` and `model_arguments` serve
+    subclasses of `GPTModel`; `options` are further fields of `TransformerConfig`. Raises ConfigError where the
     degrees don't divide the model. Fill it with `ltrain.model.weights.import_model`.
     """
     spec.check_parallel(tensor=tensor, pipeline=pipeline)
@@ -164,10 +163,10 @@ def build_model(
         variable_seq_lengths=variable_seq_lengths,
         **(options or {}),
     )
-    layer = layer_spec(spec, partial(core_attention, **(core_attention_params or {})))
+    layer = layer_spec(spec, core_attention)
     stage_layers = spec.num_layers // pipeline
     with cpu_seam():
-        return LanguageModel(
+        model = model_class(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules([layer] * stage_layers, RMSNorm),
             vocab_size=spec.padded_vocab_size(tensor),
@@ -177,7 +176,21 @@ def build_model(
             parallel_output=True,
             share_embeddings_and_output_weights=spec.tie_embeddings,
             position_embedding_type="none",
-            real_vocab_size=spec.vocab_size,
-            loss_chunk_tokens=loss_chunk_tokens,
-            z_loss=z_loss,
+            **model_arguments,
         )
+    _mark_tensor_parallel(model)
+    return model
+
+
+def _mark_tensor_parallel(model: nn.Module) -> None:
+    """Set the marks of mcore's own initialisation, by which gradient norm and checkpoints know shards."""
+    for name, module in model.named_modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            dim = 0
+        elif isinstance(module, RowParallelLinear):
+            dim = 1
+        else:
+            continue
+        if module.weight is not None:
+            stride = 2 if name.endswith("linear_fc1") else 1
+            set_tensor_model_parallel_attributes(module.weight, True, dim, stride)

@@ -1,11 +1,14 @@
 """Tiny models of every family, as `transformers` makes them and as we do."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ltrain.model.build import build_model
+from ltrain.parallel.seam import cpu_seam
 from support.dense_attention import DenseAttention
 
 COMMON = {
@@ -56,10 +59,11 @@ def save_tiny(folder: Path, variant: str, *, dtype: torch.dtype = torch.float32,
 
 def build(spec, mesh, **arguments):
     """Our model of this rank, with dense attention."""
+    with cpu_seam():
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     return build_model(
         spec,
-        core_attention=DenseAttention,
-        core_attention_params={"rope": spec.rope, "windows": spec.windows},
+        core_attention=partial(DenseAttention, rope=spec.rope, windows=spec.windows),
         tensor=mesh.tensor.size,
         pipeline=mesh.pipeline.size,
         pre_process=mesh.is_first_stage,
