@@ -29,7 +29,7 @@ from ltrain.data.tokenizer import Tokenizer
 VERSION = 2
 SHARD_TOKENS = 1 << 28
 _AGAIN = "it was cut off or changed: write it again"
-_DTYPES = {"uint16": np.dtype("<u2"), "int32": np.dtype("<i4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "int32": np.dtype("<i4")}
 
 
 def _refuse(path: Path, rule: str, fix: str = _AGAIN) -> ConfigError:
@@ -153,7 +153,8 @@ def write_store(
     document, or one holds an id outside the tokenizer's vocabulary; OSError where the disk does.
     """
     dtype = _DTYPES["uint16" if tokenizer.vocab_size <= 1 << 16 else "int32"]
-    offsets, hashes = [0], []
+    offsets: list[int] = [0]
+    hashes: list[int] = []
     with _new_folder(folder) as temporary:
         shards = _Shards(temporary, shard_tokens)
         for hashed, tokens in documents:
