@@ -89,6 +89,8 @@ def transformer_config(
         "context_parallel_size": context,
         "sequence_parallel": sequence_parallel and tensor > 1,
         "variable_seq_lengths": variable_seq_lengths,
+        # mcore checks this although the model has no experts: the default refuses variable lengths.
+        "moe_token_dispatcher_type": "alltoall",
         "use_cpu_initialization": on_cpu(),
         "perform_initialization": False,
         "calculate_per_token_loss": True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Corpus, Loader, held_out_rows, open_corpus
 from ltrain.data.tokenizer import Tokenizer
 from ltrain.model.build import build_model
+from ltrain.model.language_model import LanguageModel
 from ltrain.model.spec import ModelSpec
 from ltrain.model.weights import import_model
 from ltrain.parallel import seam
@@ -107,8 +109,9 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
     )
     model = build_model(
         spec,
-        core_attention=CoreAttention,
-        core_attention_params={"settings": settings},
+        core_attention=partial(CoreAttention, settings=settings),
+        model_class=LanguageModel,
+        real_vocab_size=spec.vocab_size,
         tensor=mesh.tensor.size,
         pipeline=mesh.pipeline.size,
         context=mesh.context.size,
