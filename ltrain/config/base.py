@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import BaseModel, ConfigDict
 
 
@@ -26,13 +24,6 @@ class ConfigError(ValueError):
         self.field, self.value, self.rule, self.fix = field, value, rule, fix
         super().__init__(f"{field}={value!r} {rule}" + (f"; {fix}" if fix else ""))
 
-    def __reduce__(self) -> Any:
-        """Errors travel between ranks; the default would call the constructor with the text alone."""
-        return _restore, (type(self), self.args, self.__dict__)
-
-
-def _restore(kind: type[ConfigError], args: tuple[Any, ...], state: dict[str, Any]) -> ConfigError:
-    error = kind.__new__(kind)
-    error.args = args
-    error.__dict__.update(state)
-    return error
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        # Ranks send errors to one another; the default would call the class with the finished message only.
+        return ConfigError, (self.field, self.value, self.rule, self.fix)

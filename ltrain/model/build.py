@@ -92,6 +92,8 @@ def transformer_config(
         "context_parallel_size": context,
         "sequence_parallel": sequence_parallel and tensor > 1,
         "variable_seq_lengths": variable_seq_lengths,
+        # mcore checks this although the model has no experts: the default refuses variable lengths.
+        "moe_token_dispatcher_type": "alltoall",
         "use_cpu_initialization": on_cpu(),
         "perform_initialization": False,
         "calculate_per_token_loss": True,
@@ -165,8 +167,9 @@ def build_model(
     """This pipeline stage of the model, on this process's device, with uninitialised matrices.
 
     mcore's process groups must exist with the degrees given. `model_class` and `model_arguments` serve
-    subclasses of `GPTModel`; `lora` adds adapters; `options` are further fields of `TransformerConfig`. Raises ConfigError where
-    the degrees don't divide the model. Fill it with `ltrain.model.weights.import_model`.
+    subclasses of `GPTModel`; `lora` adds adapters; `options` are further fields of `TransformerConfig`.
+    Raises ConfigError where the degrees don't divide the model. Fill it with
+    `ltrain.model.weights.import_model`.
     """
     spec.check_parallel(tensor=tensor, pipeline=pipeline)
     config = transformer_config(

@@ -1,14 +1,12 @@
-"""Low-rank adapters inside mcore's tensor-parallel linears, and the freezing of parameters by pattern.
+"""Low-rank adapters inside mcore's tensor-parallel linears.
 
-LoRA, arXiv 2106.09685. A fused linear (queries, keys and values; gate and up) has one A, so its exported adapter
-has the same A for each part and rows of B for each.
+LoRA, arXiv 2106.09685. A fused linear (queries, keys and values; gate and up) has one A, so its exported
+adapter has the same A for each part and rows of B for each.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,8 +21,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from ltrain.config.base import ConfigError
-from ltrain.config.model import HFModel, LoraAdapter, NewModel
+from ltrain.config.model import LoraAdapter
 from ltrain.model.sharding import Piece, Shard, hf_shapes, stage_shards
 from ltrain.model.spec import ModelSpec
 from ltrain.parallel.mesh import Mesh
@@ -154,8 +151,15 @@ def adapter_shapes(spec: ModelSpec, lora: LoraAdapter) -> dict[str, tuple[int, .
 
 @torch.no_grad()
 def init_adapter(model: nn.Module, spec: ModelSpec, lora: LoraAdapter, mesh: Mesh, *, seed: int) -> None:
-    """A uniform in +-1/sqrt(columns), B zero: the model starts as the base model. Independent of the layout."""
-    shards = adapter_shards(spec, lora, **_place(mesh))
+    """A uniform in +-1/sqrt(columns), B zero: the model starts as its base. Independent of the layout."""
+    shards = adapter_shards(
+        spec,
+        lora,
+        stage=mesh.pipeline.rank,
+        stages=mesh.pipeline.size,
+        tensor_rank=mesh.tensor.rank,
+        tensor_size=mesh.tensor.size,
+    )
     parameters = dict(model.named_parameters())
     for name, shard in shards.items():
         if name.endswith("lora_b"):
@@ -168,52 +172,3 @@ def init_adapter(model: nn.Module, spec: ModelSpec, lora: LoraAdapter, mesh: Mes
         whole = torch.empty(lora.rank, columns).uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
         start = piece.start if piece.dim == 1 else 0
         parameters[name].copy_(whole.narrow(1, start, shard.shape[1]))
-
-
-def _place(mesh: Mesh) -> dict[str, int]:
-    return {
-        "stage": mesh.pipeline.rank,
-        "stages": mesh.pipeline.size,
-        "tensor_rank": mesh.tensor.rank,
-        "tensor_size": mesh.tensor.size,
-    }
-
-
-def frozen_tensors(spec: ModelSpec, config: HFModel | NewModel) -> set[str]:
-    """The Hugging Face tensors that are not trained. Raises ConfigError on patterns that match nothing or cut
-    through a fused parameter, and where nothing is left to train."""
-    names = list(hf_shapes(spec))
-    lora = isinstance(config.adapter, LoraAdapter)
-    frozen = set(_matching("model.freeze", config.freeze, names))
-    if isinstance(config.adapter, LoraAdapter):
-        trained = set(_matching("model.adapter.also_train", config.adapter.also_train, names))
-        frozen = (set(names) - trained) | frozen
-    for name, shard in stage_shards(spec, stage=0, stages=1, tensor_rank=0, tensor_size=1).items():
-        parts = {piece.name for piece in shard.pieces}
-        if parts & frozen and parts - frozen:
-            rule = f"freezes a part of {name}, which is one parameter in training"
-            fix = f"name {', '.join(sorted(parts - frozen))} too, or none of them"
-            field = "model.adapter.also_train" if lora else "model.freeze"
-            raise ConfigError(field, sorted(parts & frozen), rule, fix)
-    if not lora and len(frozen) == len(names):
-        raise ConfigError("model.freeze", config.freeze, "leaves nothing to train")
-    return frozen
-
-
-def freeze_parameters(model: nn.Module, spec: ModelSpec, config: HFModel | NewModel, mesh: Mesh) -> None:
-    """Stop gradients of this rank's parameters as `model.freeze` and `model.adapter` say; before DDP wraps it."""
-    frozen = frozen_tensors(spec, config)
-    shards = stage_shards(spec, **_place(mesh))
-    for name, parameter in model.named_parameters():
-        if name in shards and any(piece.name in frozen for piece in shards[name].pieces):
-            parameter.requires_grad_(False)
-
-
-def _matching(field: str, patterns: Iterable[str], names: list[str]) -> list[str]:
-    matched: list[str] = []
-    for pattern in patterns:
-        hits = fnmatch.filter(names, pattern)
-        if not hits:
-            raise ConfigError(field, pattern, "matches no tensor of the model", f"names are like {names[1]}")
-        matched += hits
-    return matched

@@ -76,8 +76,8 @@ def gather_to_first(
 ) -> None:
     """Hand every rank's shards to `take` on global rank 0, one parameter at a time. Collective.
 
-    `shards_of(stage, tensor_rank)` is the map of that rank, `values` this rank's parameters by name, made when
-    they are needed.
+    `shards_of(stage, tensor_rank)` is the map of that rank, `values` this rank's parameters by name, made
+    when they are needed.
     """
     owners = _owners(mesh)
     own_place = (mesh.pipeline.rank, mesh.tensor.rank)

@@ -19,16 +19,6 @@ from ltrain.model.tensors_out import FirstRankErrors, gather_to_first
 from ltrain.parallel.mesh import Mesh
 
 
-def check_weights(spec: ModelSpec) -> None:
-    """Raise ConfigError, naming file and tensor, unless `spec.source` holds exactly this model's tensors.
-
-    Reads the headers only.
-    """
-    assert spec.source is not None
-    with SafetensorsSource(spec.source, spec):
-        pass
-
-
 def import_model(model: nn.Module, spec: ModelSpec, mesh: Mesh, *, seed: int = 0) -> None:
     """Fill this rank's stage and shard from `spec.source`, or from random numbers by `seed` if it has none.
 
@@ -80,8 +70,8 @@ def export_model(
     """Write the model as a Hugging Face folder that replaces `folder` only once it is whole. Collective.
 
     Adapters are merged. Rank 0 receives one parameter at a time and holds at most about one file
-    (`max_file_bytes`) in memory. The tensors keep the parameters' type. Raises OSError or ConfigError, on every
-    rank, where the folder can't be written.
+    (`max_file_bytes`) in memory. The tensors keep the parameters' type. Raises OSError or ConfigError, on
+    every rank, where the folder can't be written.
     """
     parameters = base_parameters(model, _shards(spec, mesh, mesh.pipeline.rank, mesh.tensor.rank))
     dtype = next(iter(parameters.values())).dtype
@@ -102,7 +92,7 @@ def export_model(
 
 
 def export_adapter(model: nn.Module, spec: ModelSpec, lora: LoraAdapter, mesh: Mesh, folder: Path) -> None:
-    """Write the adapter alone, as `peft` loads it, and the config.json of the model it belongs to. Collective.
+    """Write the adapter alone, as `peft` loads it, and its model's config.json. Collective.
 
     The base model must be loaded with that config.json, which holds the changed rope.
     """

@@ -1,4 +1,4 @@
-"""Adapters: the base model at the start, equal training over layouts, merged and PEFT exports with equal logits."""
+"""Adapters: the base model at the start, equal training over layouts, merged and PEFT exports alike."""
 
 import numpy as np
 import torch
@@ -8,7 +8,8 @@ from support.models import build, hf_logits, save_tiny
 
 from ltrain.config.model import HFModel, LoraAdapter
 from ltrain.model.families import read_spec
-from ltrain.model.lora import freeze_parameters, init_adapter
+from ltrain.model.freeze import freeze_parameters
+from ltrain.model.lora import init_adapter
 from ltrain.model.weights import export_adapter, export_model, import_model
 from ltrain.parallel.mesh import init_mesh
 
@@ -17,7 +18,7 @@ VARIANT = "llama-mha-bias"
 
 
 def _loss(model, tensor):
-    """A loss whose gradient differs from token to token; every tensor-parallel rank has its part of the logits."""
+    """A loss whose gradient differs by token; every tensor-parallel rank has its part of the logits."""
     tokens = torch.arange(40).unsqueeze(0)
     logits = model(input_ids=tokens, position_ids=None, attention_mask=None)
     columns = torch.arange(logits.shape[-1]) + tensor.rank * logits.shape[-1]
@@ -26,7 +27,7 @@ def _loss(model, tensor):
 
 
 def _train(rank, world_size, folder):
-    """One step by hand on the adapters, over TP 2 (with and without sequence parallelism) and one rank's worth."""
+    """Steps by hand on the adapters: one rank, TP 2 without and with sequence parallelism."""
     for name, tensor, sequence_parallel in (("one", 1, False), ("tp", 2, False), ("sp", 2, True)):
         mesh = init_mesh(tensor=tensor)
         spec = read_spec(folder / "in")

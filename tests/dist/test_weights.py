@@ -78,7 +78,7 @@ def test_two_ranks(tmp_path):
         expected = hf_logits(tmp_path / variant, torch.arange(40).unsqueeze(0)).numpy()
         for logits, _ in results:
             assert np.abs(logits[variant] - expected).max() <= 1e-5
-    # A new model is the same whatever the layout, and `transformers` loads the folder written without a source.
+    # A new model is the same whatever the layout; `transformers` loads the folder written without a source.
     for degrees in ("12", "11"):
         _assert_same(tmp_path / "new-21", tmp_path / f"new-{degrees}")
     assert 0.015 < _tensors(tmp_path / "new-21")["model.layers.1.self_attn.q_proj.weight"].std() < 0.025
