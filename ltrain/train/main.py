@@ -42,7 +42,7 @@ def train(config: RunConfig) -> int:
     plan = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     if int(os.environ.get("RANK", "0")):
         log.setLevel(logging.WARNING)
-    # Bad data is found, and new data tokenised (by one process, the others wait), while no group can time out.
+    # Bad data is found, and new data tokenised (by one process; others wait), while no group can time out.
     open_corpus(config.data, plan.tokenizer)
     init_process_group(config.train.timeout_s)
     try:
