@@ -1,0 +1,134 @@
+"""The aggregated program: how many groups of each kind, with sequences as a fluid.
+
+Where the partitions are too many to list (beyond about 128 devices, any degrees, unequal devices) a small integer
+program over group counts gives both a bound and the partitions worth trying. Integers are the counts n_k; shares
+x_qk >= 0 pour bucket q into kind k:
+
+    sum_k x_qk = size of bucket q          sum_q x_qk time_qk <= n_k (C - fixed_k)
+    sum_q x_qk length_q <= n_k capacity_k  sum_k n_k use_ki <= sizes_i
+    for each length: groups hold as many sequences at least that long as there are (rounded down per group)
+
+Buckets count with their shortest length, so that the program is a relaxation, and C is found by bisection.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pulp
+
+from ltrain.planner.bounds import least_time
+from ltrain.planner.buckets import bucketize
+from ltrain.planner.problem import Problem
+from ltrain.planner.program import solve_program
+
+_BUCKETS = 32
+_PRECISION = 2e-3
+
+
+def aggregated_partitions(problem: Problem, low: float, precision: float = _PRECISION) -> tuple[float, np.ndarray]:
+    """A proven bound, and partitions [P, K] to try, best first."""
+    found: dict[tuple[int, ...], None] = {}
+
+    def suffices(time: float) -> bool:
+        counts = _counts_within(problem, time)
+        if counts is not None:
+            found[counts] = None
+        return counts is not None
+
+    bound = least_time(suffices, low, precision)
+    # Somewhat later times leave room for whole sequences.
+    for slack in (1.004, 1.01, 1.02, 1.04):
+        suffices(bound * slack)
+    seeds = list(found)[::-1]
+    seeds.sort(key=seeds.index)
+    ranked: dict[tuple[int, ...], None] = {}
+    for seed in seeds:
+        filled = fill_up(problem, seed)
+        ranked[filled] = None
+    for seed in list(ranked)[:6]:
+        for neighbour in _neighbours(problem, seed):
+            ranked[neighbour] = None
+    return bound, np.array(list(ranked), dtype=np.int64).reshape(len(ranked), len(problem.kinds))
+
+
+def aggregated_bound(problem: Problem, low: float, precision: float = 5e-4) -> float:
+    """The bound alone; at least `low`, which must be a bound itself."""
+    return least_time(lambda time: _counts_within(problem, time) is not None, low, precision)
+
+
+def _counts_within(problem: Problem, time: float) -> tuple[int, ...] | None:
+    """Group counts with which the relaxation finishes within `time`, using the fewest devices; None if none do."""
+    buckets = bucketize(problem.lengths, _BUCKETS)
+    # The shortest sequence of a bucket stands for all: positions are descending in length.
+    stand = np.array([members[-1] for members in buckets.members])
+    length, size = problem.lengths[stand], buckets.counts
+    low = problem.low[stand] if problem.falling else np.array([problem.low[m].min(axis=0) for m in buckets.members])
+    room = time - problem.low_fixed
+    able = (length[:, None] <= problem.capacity[None, :]) & (low <= room[None, :] * (1 + 1e-9))
+    if not able.any(axis=1).all():
+        return None
+    model = pulp.LpProblem("counts", pulp.LpMinimize)
+    most = [
+        min(int(s // u) for s, u in zip(problem.sizes, use, strict=True) if u) for use in problem.use
+    ]
+    kinds = range(len(problem.kinds))
+    n = [pulp.LpVariable(f"n{k}", 0, most[k], pulp.LpInteger) for k in kinds]
+    x = {
+        (q, k): pulp.LpVariable(f"x{q}_{k}", 0)
+        for q in range(len(stand)) for k in kinds if able[q, k]
+    }
+    devices = problem.use.sum(axis=1)
+    model += pulp.lpSum(int(devices[k]) * n[k] for k in kinds)
+    for q in range(len(stand)):
+        model += pulp.lpSum(x[q, k] for k in kinds if able[q, k]) == int(size[q])
+    for k in kinds:
+        inside = [q for q in range(len(stand)) if able[q, k]]
+        if inside:
+            scale = 1.0 / float(room[k])
+            model += pulp.lpSum(float(low[q, k]) * scale * x[q, k] for q in inside) <= n[k]
+            full = 1.0 / float(problem.capacity[k])
+            model += pulp.lpSum(float(length[q]) * full * x[q, k] for q in inside) <= n[k]
+    for i, total in enumerate(problem.sizes):
+        model += pulp.lpSum(int(problem.use[k, i]) * n[k] for k in kinds) <= int(total)
+    if problem.falling:
+        at_least = np.searchsorted(-problem.lengths, -length, side="right")
+        for q in range(len(stand)):
+            hold = np.minimum(problem.capacity // length[q], np.floor(room / low[q] * (1 + 1e-9)))
+            model += pulp.lpSum(int(max(hold[k], 0)) * n[k] for k in kinds) >= int(at_least[q])
+    outcome = solve_program(model, None, 1e-3)
+    if outcome.status == "infeasible":
+        return None
+    return tuple(round(n[k].value() or 0) for k in kinds)
+
+
+def fill_up(problem: Problem, counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Counts with idle devices put to use: groups of the kinds in use first, then any that fit, largest first."""
+    made = list(counts)
+    free = problem.sizes - np.array(counts) @ problem.use
+    order = [k for k in range(len(made)) if counts[k]] + [k for k in range(len(made)) if not counts[k]]
+    for k in order:
+        extra = min(int(room // need) for room, need in zip(free, problem.use[k], strict=True) if need)
+        made[k] += extra
+        free = free - extra * problem.use[k]
+    return tuple(made)
+
+
+def _neighbours(problem: Problem, counts: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Counts with one or two groups less of a kind, the devices given to another kind."""
+    near: list[tuple[int, ...]] = []
+    for k, count in enumerate(counts):
+        if not count:
+            continue
+        for less in {1, 2} if count > 1 else {1}:
+            base = list(counts)
+            base[k] -= less
+            free = problem.sizes - np.array(base) @ problem.use
+            for other in range(len(counts)):
+                if other == k:
+                    continue
+                extra = min(int(r // u) for r, u in zip(free, problem.use[other], strict=True) if u)
+                if extra:
+                    made = list(base)
+                    made[other] += extra
+                    near.append(fill_up(problem, tuple(made)))
+    return near
