@@ -27,20 +27,19 @@ _PRECISION = 2e-3
 
 def aggregated_partitions(problem: Problem, low: float, precision: float = _PRECISION) -> tuple[float, np.ndarray]:
     """A proven bound, and partitions [P, K] to try, best first."""
-    found: dict[tuple[int, ...], None] = {}
+    found: dict[tuple[int, ...], float] = {}
 
     def suffices(time: float) -> bool:
         counts = _counts_within(problem, time)
         if counts is not None:
-            found[counts] = None
+            found[counts] = min(time, found.get(counts, np.inf))
         return counts is not None
 
     bound = least_time(suffices, low, precision)
     # Somewhat later times leave room for whole sequences.
     for slack in (1.004, 1.01, 1.02, 1.04):
         suffices(bound * slack)
-    seeds = list(found)[::-1]
-    seeds.sort(key=seeds.index)
+    seeds = sorted(found, key=lambda counts: (found[counts], counts))
     ranked: dict[tuple[int, ...], None] = {}
     for seed in seeds:
         filled = fill_up(problem, seed)
@@ -88,6 +87,9 @@ def _counts_within(problem: Problem, time: float) -> tuple[int, ...] | None:
             model += pulp.lpSum(float(low[q, k]) * scale * x[q, k] for q in inside) <= n[k]
             full = 1.0 / float(problem.capacity[k])
             model += pulp.lpSum(float(length[q]) * full * x[q, k] for q in inside) <= n[k]
+            for share in (low[inside, k] / room[k], length[inside] / problem.capacity[k]):
+                for weight in dual_feasible(share):
+                    model += pulp.lpSum(float(w) * x[q, k] for q, w in zip(inside, weight, strict=True)) <= n[k]
     for i, total in enumerate(problem.sizes):
         model += pulp.lpSum(int(problem.use[k, i]) * n[k] for k in kinds) <= int(total)
     if problem.falling:
@@ -99,6 +101,24 @@ def _counts_within(problem: Problem, time: float) -> tuple[int, ...] | None:
     if outcome.status == "infeasible":
         return None
     return tuple(round(n[k].value() or 0) for k in kinds)
+
+
+def dual_feasible(share: np.ndarray) -> list[np.ndarray]:
+    """Weights of items that take `share` of a bin, under functions whose sum is at most 1 in any bin that holds them.
+
+    u_m(x) = x where (m+1) x is an integer, else floor((m+1) x) / m, for m = 1..4; and, for several e, 1 above 1 - e, 0
+    below e, x between (Fekete and Schepers, "New classes of fast lower bounds for bin packing problems", 2001).
+    Functions that weigh nothing more than its share are left out.
+    """
+    x = np.minimum(share, 1.0)
+    weights = []
+    for m in (1, 2, 3, 4):
+        scaled = (m + 1) * x
+        whole = np.abs(scaled - np.round(scaled)) < 1e-9
+        weights.append(np.where(whole, x, np.floor(scaled) / m))
+    for e in (0.1, 0.2, 0.3, 0.4):
+        weights.append(np.where(x > 1 - e + 1e-9, 1.0, np.where(x < e - 1e-9, 0.0, x)))
+    return [weight for weight in weights if np.any(weight > x + 1e-9)]
 
 
 def fill_up(problem: Problem, counts: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,7 +17,6 @@ from ltrain.planner.repair import repair
 
 # More partitions than these are not listed; the aggregated program proposes some instead.
 MAX_PARTITIONS = 30_000
-_REPAIRED = 3
 _PASSES: tuple[tuple[Rule, tuple[float, ...]], ...] = (
     ("earliest", (1.004,)),
     ("fill", (1.004, 1.015, 1.03, 1.06)),
@@ -57,7 +56,7 @@ def solve_by_enumeration(problem: Problem, cluster: ClusterSpec, stop_at: float 
         bounder = PartitionBound(problem, counts)
         time, order = bounder.search(area)
         bound = time if bounder.proven_fill else bounder.count_bound(area)
-        ranked = counts[order]
+        ranked = counts[_interleave(_homogeneous(counts), bounder.packed_order(bound), order)]
     except TooManyPartitionsError:
         bound, ranked = aggregated_partitions(problem, area)
     if bound >= stop_at:
@@ -73,9 +72,22 @@ def solve_by_enumeration(problem: Problem, cluster: ClusterSpec, stop_at: float 
     return Solved(found, bound)
 
 
+def _homogeneous(counts: np.ndarray) -> np.ndarray:
+    """Partitions into groups of one kind: a plan is then never worse than a single degree's."""
+    return np.flatnonzero((counts > 0).sum(axis=1) == 1)
+
+
+def _interleave(first: np.ndarray, *orders: np.ndarray) -> np.ndarray:
+    """`first`, then one of each order in turn, each partition once."""
+    longest = max(map(len, orders))
+    turns = [order[i] for i in range(longest) for order in orders if i < len(order)]
+    return np.array(list(dict.fromkeys([*first.tolist(), *(int(turn) for turn in turns)])), dtype=np.int64)
+
+
 def best_of(problem: Problem, counts: np.ndarray, bound: float) -> Assignment | None:
     """Deal and repair in every partition of `counts` [P, K]; the best assignment, or None where nothing fits."""
     best: Assignment | None = None
+    repaired = min(max(300 // len(problem.lengths), 3), 24)
     for rule, slacks in _PASSES:
         if best is not None and best.makespan <= bound * _GOOD_ENOUGH:
             break
@@ -85,7 +97,7 @@ def best_of(problem: Problem, counts: np.ndarray, bound: float) -> Assignment | 
         tried: set[tuple[int, ...]] = set()
         for row in np.argsort(makespan, kind="stable"):
             key = tuple(rows[row].tolist())
-            if len(tried) == _REPAIRED or not np.isfinite(makespan[row]):
+            if len(tried) == repaired or not np.isfinite(makespan[row]):
                 break
             if key in tried:
                 continue

@@ -83,12 +83,12 @@ def group_kinds(
                 if 2 * half in allowed and pair not in uses:
                     uses.append(pair)
     caps = [tokens // block * block for tokens in tokens_of_island]
-    kinds = [kind for use in uses for kind in _variants(cluster, use, caps)]
+    kinds = [kind for use in uses for kind in _variants(cluster, use, caps, block)]
     kinds = [kind for kind in kinds if kind.capacity > 0]
     return sorted(kinds, key=lambda kind: (-kind.degree, kind.use, kind.compute_scale))
 
 
-def _variants(cluster: ClusterSpec, use: tuple[int, ...], caps: Sequence[int]) -> list[GroupKind]:
+def _variants(cluster: ClusterSpec, use: tuple[int, ...], caps: Sequence[int], block: int) -> list[GroupKind]:
     members = [i for i, count in enumerate(use) if count]
     islands = cluster.islands
     degree = sum(use)
@@ -102,7 +102,7 @@ def _variants(cluster: ClusterSpec, use: tuple[int, ...], caps: Sequence[int]) -
         if total <= 0 or min(rule.values()) <= 0:
             continue
         weights = tuple(rule[i] / total if i in rule else 0.0 for i in range(len(use)))
-        capacity = min(int(caps[i] / weights[i] + 1e-6) for i in members)
+        capacity = min(int(caps[i] / weights[i] + 1e-6) for i in members) // block * block
         scale = max(weights[i] / speed[i] for i in members)
         links = _links(islands, use, members)
         rate = cluster.all_to_all_gb_s.get(degree) if len(members) == 1 else None

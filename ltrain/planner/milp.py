@@ -27,7 +27,7 @@ from ltrain.planner.repair import repair
 
 NUM_BUCKETS = 16
 # Sequence variables up to which every sequence has its own bucket.
-_UNBUCKETED = 24
+EXACT_SEQUENCES = 24
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def solve_by_program(
     num_buckets: int = NUM_BUCKETS,
 ) -> Milp:
     """Solve one micro-batch, from `warm` if given; the better of the two after local repair."""
-    exact = len(problem.lengths) <= _UNBUCKETED
+    exact = len(problem.lengths) <= EXACT_SEQUENCES
     buckets = bucketize(problem.lengths, len(problem.lengths) if exact else num_buckets)
     groups = _virtual_groups(problem)
     model, a, m, span = _build(problem, buckets, groups)
@@ -163,4 +163,4 @@ def _decode(
     used, compact = np.unique(group_of, return_inverse=True)
     kind_of = groups[used]
     counts = np.bincount(kind_of, minlength=len(problem.kinds))
-    return assignment(problem, counts, kind_of, compact)
+    return assignment(problem, counts.tolist(), kind_of, compact)

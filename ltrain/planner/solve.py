@@ -17,7 +17,7 @@ from ltrain.planner.cost import CostModel
 from ltrain.planner.divide import divide
 from ltrain.planner.enumerate import Solved, best_of, solve_by_enumeration
 from ltrain.planner.kinds import place
-from ltrain.planner.milp import solve_by_program
+from ltrain.planner.milp import EXACT_SEQUENCES, solve_by_program
 from ltrain.planner.plan import Group, Plan
 from ltrain.planner.problem import Assignment, BatchTable, Problem
 
@@ -68,17 +68,32 @@ def plan_batch(
     return replace(plan, solve_s=time.perf_counter() - began)
 
 
-def certify(plan: Plan, cluster: ClusterSpec, cost: CostModel, *, degrees: str | Sequence[int] = "powers_of_two",
-            block: int = 1) -> Plan:
-    """The plan with its lower bound raised as far as the aggregated program proves; seconds, not milliseconds."""
+def certify(
+    plan: Plan,
+    cluster: ClusterSpec,
+    cost: CostModel,
+    *,
+    degrees: str | Sequence[int] = "powers_of_two",
+    block: int = 1,
+    exact_limit_s: float = 0.0,
+) -> Plan:
+    """The plan with its lower bound raised as far as the aggregated program proves; seconds, not milliseconds.
+
+    Micro-batches of few sequences are also given to the integer program for `exact_limit_s` seconds each: its bound is
+    proven too.
+    """
     table = BatchTable(plan.lengths, cluster, cost, degrees, block)
     where = {int(sequence): position for position, sequence in enumerate(table.order)}
     total = 0.0
     for groups in plan.micro_batches:
         rows = np.array(sorted(where[s] for group in groups for s in group.sequences), dtype=np.int64)
         problem = table.problem(0, 0, rows)
-        total += aggregated_bound(problem, area_bound(problem))
-    return replace(plan, lower_bound_s=min(max(plan.lower_bound_s, total), plan.predicted_s))
+        bound = aggregated_bound(problem, area_bound(problem))
+        makespan = max(group.predicted_s for group in groups)
+        if exact_limit_s > 0 and makespan > bound * 1.005 and len(rows) <= EXACT_SEQUENCES:
+            bound = max(bound, solve_by_program(problem, cluster, None, exact_limit_s).lower_bound_s)
+        total += min(bound, makespan)
+    return replace(plan, lower_bound_s=max(plan.lower_bound_s, total))
 
 
 def step_bound(table: BatchTable, micro_batches: int) -> float:
