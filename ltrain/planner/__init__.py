@@ -5,4 +5,14 @@ from ltrain.planner.cost import CostModel, MemoryModel
 from ltrain.planner.plan import Group, Plan
 from ltrain.planner.solve import certify, plan_batch
 
-__all__ = ["ClusterSpec", "CostModel", "Group", "Link", "MemoryModel", "Node", "Plan", "certify", "plan_batch"]
+__all__ = [
+    "ClusterSpec",
+    "CostModel",
+    "Group",
+    "Link",
+    "MemoryModel",
+    "Node",
+    "Plan",
+    "certify",
+    "plan_batch",
+]

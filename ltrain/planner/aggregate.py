@@ -1,8 +1,8 @@
 """The aggregated program: how many groups of each kind, with sequences as a fluid.
 
-Where the partitions are too many to list (beyond about 128 devices, any degrees, unequal devices) a small integer
-program over group counts gives both a bound and the partitions worth trying. Integers are the counts n_k; shares
-x_qk >= 0 pour bucket q into kind k:
+Where the partitions are too many to list (beyond about 128 devices, any degrees, unequal devices) a small
+integer program over group counts gives both a bound and the partitions worth trying. Integers are the counts
+n_k; shares x_qk >= 0 pour bucket q into kind k:
 
     sum_k x_qk = size of bucket q          sum_q x_qk time_qk <= n_k (C - fixed_k)
     sum_q x_qk length_q <= n_k capacity_k  sum_k n_k use_ki <= sizes_i
@@ -25,7 +25,9 @@ _BUCKETS = 32
 _PRECISION = 2e-3
 
 
-def aggregated_partitions(problem: Problem, low: float, precision: float = _PRECISION) -> tuple[float, np.ndarray]:
+def aggregated_partitions(
+    problem: Problem, low: float, precision: float = _PRECISION
+) -> tuple[float, np.ndarray]:
     """A proven bound, and partitions [P, K] to try, best first."""
     found: dict[tuple[int, ...], float] = {}
 
@@ -56,26 +58,26 @@ def aggregated_bound(problem: Problem, low: float, precision: float = 5e-4) -> f
 
 
 def _counts_within(problem: Problem, time: float) -> tuple[int, ...] | None:
-    """Group counts with which the relaxation finishes within `time`, using the fewest devices; None if none do."""
+    """Group counts with which the relaxation finishes within `time`, using the fewest devices; None if none
+    do."""
     buckets = bucketize(problem.lengths, _BUCKETS)
     # The shortest sequence of a bucket stands for all: positions are descending in length.
     stand = np.array([members[-1] for members in buckets.members])
     length, size = problem.lengths[stand], buckets.counts
-    low = problem.low[stand] if problem.falling else np.array([problem.low[m].min(axis=0) for m in buckets.members])
+    low = (
+        problem.low[stand]
+        if problem.falling
+        else np.array([problem.low[m].min(axis=0) for m in buckets.members])
+    )
     room = time - problem.low_fixed
     able = (length[:, None] <= problem.capacity[None, :]) & (low <= room[None, :] * (1 + 1e-9))
     if not able.any(axis=1).all():
         return None
     model = pulp.LpProblem("counts", pulp.LpMinimize)
-    most = [
-        min(int(s // u) for s, u in zip(problem.sizes, use, strict=True) if u) for use in problem.use
-    ]
+    most = [min(int(s // u) for s, u in zip(problem.sizes, use, strict=True) if u) for use in problem.use]
     kinds = range(len(problem.kinds))
     n = [pulp.LpVariable(f"n{k}", 0, most[k], pulp.LpInteger) for k in kinds]
-    x = {
-        (q, k): pulp.LpVariable(f"x{q}_{k}", 0)
-        for q in range(len(stand)) for k in kinds if able[q, k]
-    }
+    x = {(q, k): pulp.LpVariable(f"x{q}_{k}", 0) for q in range(len(stand)) for k in kinds if able[q, k]}
     devices = problem.use.sum(axis=1)
     model += pulp.lpSum(int(devices[k]) * n[k] for k in kinds)
     for q in range(len(stand)):
@@ -89,7 +91,9 @@ def _counts_within(problem: Problem, time: float) -> tuple[int, ...] | None:
             model += pulp.lpSum(float(length[q]) * full * x[q, k] for q in inside) <= n[k]
             for share in (low[inside, k] / room[k], length[inside] / problem.capacity[k]):
                 for weight in dual_feasible(share):
-                    model += pulp.lpSum(float(w) * x[q, k] for q, w in zip(inside, weight, strict=True)) <= n[k]
+                    model += (
+                        pulp.lpSum(float(w) * x[q, k] for q, w in zip(inside, weight, strict=True)) <= n[k]
+                    )
     for i, total in enumerate(problem.sizes):
         model += pulp.lpSum(int(problem.use[k, i]) * n[k] for k in kinds) <= int(total)
     if problem.falling:
@@ -104,11 +108,12 @@ def _counts_within(problem: Problem, time: float) -> tuple[int, ...] | None:
 
 
 def dual_feasible(share: np.ndarray) -> list[np.ndarray]:
-    """Weights of items that take `share` of a bin, under functions whose sum is at most 1 in any bin that holds them.
+    """Weights of items that take `share` of a bin, under functions whose sum is at most 1 in any bin that
+    holds them.
 
-    u_m(x) = x where (m+1) x is an integer, else floor((m+1) x) / m, for m = 1..4; and, for several e, 1 above 1 - e, 0
-    below e, x between (Fekete and Schepers, "New classes of fast lower bounds for bin packing problems", 2001).
-    Functions that weigh nothing more than its share are left out.
+    u_m(x) = x where (m+1) x is an integer, else floor((m+1) x) / m, for m = 1..4; and, for several e, 1 above
+    1 - e, 0 below e, x between (Fekete and Schepers, "New classes of fast lower bounds for bin packing
+    problems", 2001). Functions that weigh nothing more than its share are left out.
     """
     x = np.minimum(share, 1.0)
     weights = []
@@ -122,7 +127,8 @@ def dual_feasible(share: np.ndarray) -> list[np.ndarray]:
 
 
 def fill_up(problem: Problem, counts: tuple[int, ...]) -> tuple[int, ...]:
-    """Counts with idle devices put to use: groups of the kinds in use first, then any that fit, largest first."""
+    """Counts with idle devices put to use: groups of the kinds in use first, then any that fit, largest
+    first."""
     made = list(counts)
     free = problem.sizes - np.array(counts) @ problem.use
     order = [k for k in range(len(made)) if counts[k]] + [k for k in range(len(made)) if not counts[k]]

@@ -21,13 +21,18 @@ from ltrain.planner.solve import build_plan, plan_batch
 
 
 def static_plan(lengths: Sequence[int], cluster: ClusterSpec, cost: CostModel, degree: int) -> Plan:
-    """Groups of one degree only, with everything else as in `plan_batch`. Raises ConfigError where it can't hold the
-    longest sequence."""
-    return replace(plan_batch(lengths, cluster, cost, solver="enumerate", degrees=[degree]), solver=f"static {degree}")
+    """Groups of one degree only, with everything else as in `plan_batch`. Raises ConfigError where it can't
+    hold the longest sequence."""
+    return replace(
+        plan_batch(lengths, cluster, cost, solver="enumerate", degrees=[degree]), solver=f"static {degree}"
+    )
 
 
 def batch_adaptive_plan(
-    lengths: Sequence[int], cluster: ClusterSpec, cost: CostModel, degrees: str | Sequence[int] = "powers_of_two"
+    lengths: Sequence[int],
+    cluster: ClusterSpec,
+    cost: CostModel,
+    degrees: str | Sequence[int] = "powers_of_two",
 ) -> Plan:
     """The best single degree for this batch."""
     plans = []
@@ -60,7 +65,9 @@ def greedy_plan(
         runs = divide(table.lengths, parts)
         dealt = [_deal_one_kind(table.problem(*run), cluster) for run in runs]
         if all(one is not None for one in dealt):
-            solved = [Solved(one, area_bound(table.problem(*run))) for one, run in zip(dealt, runs, strict=True)]
+            solved = [
+                Solved(one, area_bound(table.problem(*run))) for one, run in zip(dealt, runs, strict=True)
+            ]
             return build_plan(table, runs, solved, "greedy")
     raise AssertionError("every sequence fits alone")
 
@@ -79,12 +86,13 @@ def _deal_one_kind(problem: Problem, cluster: ClusterSpec) -> Assignment | None:
 
 
 def balanced_squares_s(lengths: Sequence[int], cluster: ClusterSpec, cost: CostModel) -> float:
-    """Step seconds of scheduling by squared length alone, as hybrid context parallelism in Megatron-core does.
+    """Step seconds of scheduling by squared length alone, as hybrid context parallelism in Megatron-core
+    does.
 
-    Every sequence has the least power-of-two degree that holds it; sequences, longest first, open a group on free ranks,
-    or join the group of their degree with the least sum of s^2 / degree, while that stays below the wave's largest sum;
-    what is left makes the next wave. Sequences of a group run one by one, so memory never binds beyond the degree. The
-    fixed time counts once per wave, which favours this policy.
+    Every sequence has the least power-of-two degree that holds it; sequences, longest first, open a group on
+    free ranks, or join the group of their degree with the least sum of s^2 / degree, while that stays below
+    the wave's largest sum; what is left makes the next wave. Sequences of a group run one by one, so memory
+    never binds beyond the degree. The fixed time counts once per wave, which favours this policy.
     """
     table = BatchTable(lengths, cluster, cost)
     if len(cluster.islands) > 1:
@@ -100,7 +108,9 @@ def balanced_squares_s(lengths: Sequence[int], cluster: ClusterSpec, cost: CostM
             k = max(i for i in range(len(table.kinds)) if table.capacity[i] >= length)
             degree = table.kinds[k].degree
             load = float(length) ** 2 / degree
-            lightest = min((queue for queue in wave if queue.kind == k), key=lambda queue: queue.load, default=None)
+            lightest = min(
+                (queue for queue in wave if queue.kind == k), key=lambda queue: queue.load, default=None
+            )
             if used + degree <= cluster.num_devices:
                 wave.append(_Queue(k, load, [s]))
                 used += degree

@@ -1,7 +1,7 @@
 """Times that no assignment can beat.
 
-Every bound is a test "may this much time suffice?" that only says no when it is certain, and a search for the least time
-that passes. Legend as in `problem`.
+Every bound is a test "may this much time suffice?" that only says no when it is certain, and a search for the
+least time that passes. Legend as in `problem`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,23 @@ _ENOUGH = 512
 def area_bound(problem: Problem) -> float:
     """Least makespan if work could be spread over devices like a fluid.
 
-    In time C a group of kind k has C - fixed[k] on use[k] devices, so sum_s min_k price[k] * low[s, k] over the kinds in
-    which s fits memory and time is at most sum_i price_i sizes_i (C - min fixed), for any prices; one device has one
-    price, and one speed, are tried.
+    In time C a group of kind k has C - fixed[k] on use[k] devices, so sum_s min_k price[k] * low[s, k] over
+    the kinds in which s fits memory and time is at most sum_i price_i sizes_i (C - min fixed), for any
+    prices; one device has one price, and one speed, are tried.
     """
     prices = [np.ones(len(problem.sizes))]
     if len(problem.sizes) > 1:
         solo = problem.use.sum(axis=1) == problem.use.max(axis=1)
         speed = [
-            1.0 / min((k.compute_scale * k.degree for k, s in zip(problem.kinds, solo, strict=True) if s and k.use[i]),
-                      default=1.0)
+            1.0
+            / min(
+                (
+                    k.compute_scale * k.degree
+                    for k, s in zip(problem.kinds, solo, strict=True)
+                    if s and k.use[i]
+                ),
+                default=1.0,
+            )
             for i in range(len(problem.sizes))
         ]
         prices.append(np.array(speed))
@@ -55,7 +62,8 @@ def area_bound(problem: Problem) -> float:
 
 
 def least_time(suffices: object, low: float, precision: float) -> float:
-    """A time within `precision` below the least one that `suffices`, which must be monotone. Starts at `low`."""
+    """A time within `precision` below the least one that `suffices`, which must be monotone. Starts at
+    `low`."""
     test = suffices
     assert callable(test)
     if test(low):
@@ -78,10 +86,10 @@ def least_time(suffices: object, low: float, precision: float) -> float:
 class PartitionBound:
     """Bounds all partitions of `counts` [P, K] at once.
 
-    Two tests per partition. *Fill*: sequences, longest first, are poured into the kinds, largest first, with n_k (C -
-    fixed_k) seconds each; exact for divisible sequences when the problem is a chain. *Count*: a group of kind k holds at
-    most min(memory / s, (C - fixed_k) / time(s)) sequences at least as long as s, rounded down; the groups together must
-    hold as many as there are.
+    Two tests per partition. *Fill*: sequences, longest first, are poured into the kinds, largest first, with
+    n_k (C - fixed_k) seconds each; exact for divisible sequences when the problem is a chain. *Count*: a
+    group of kind k holds at most min(memory / s, (C - fixed_k) / time(s)) sequences at least as long as s,
+    rounded down; the groups together must hold as many as there are.
     """
 
     problem: Problem
@@ -115,8 +123,9 @@ class PartitionBound:
     def packed_order(self, low: float) -> np.ndarray:
         """Partitions that a fill by packed times passes, by the time at which they do; a heuristic, no bound.
 
-        A packed time counts a sequence with its share of what its group can hold of its like, the room between whole
-        sequences included; the truth lies between it and the plain time, where their mean is taken.
+        A packed time counts a sequence with its share of what its group can hold of its like, the room
+        between whole sequences included; the truth lies between it and the plain time, where their mean is
+        taken.
         """
         p = self.problem
         rest = np.arange(len(self.counts))
@@ -124,7 +133,9 @@ class PartitionBound:
         for slack in _PACKED_SLACKS:
             time = low * slack
             room = np.maximum(time - p.low_fixed, 0.0)
-            hold = np.minimum(p.capacity[None, :] // p.lengths[:, None], np.floor(room[None, :] / p.low + 1e-9))
+            hold = np.minimum(
+                p.capacity[None, :] // p.lengths[:, None], np.floor(room[None, :] / p.low + 1e-9)
+            )
             packed = (p.low + room[None, :] / np.maximum(hold, 1.0)) / 2
             cumulative = np.concatenate([np.zeros((1, len(p.kinds))), np.cumsum(packed, axis=0)])
             good = self._fills(time, self.counts[rest], room, cumulative)
@@ -141,7 +152,8 @@ class PartitionBound:
         good = np.ones(len(counts), dtype=bool)
         steps = np.arange(end + 1)
         able = p.fits & (p.low + p.low_fixed <= time * (1 + 1e-12))
-        # Whether this kind or a later, smaller one can take the sequence: if none can, it must be placed already.
+        # Whether this kind or a later, smaller one can take the sequence: if none can, it must be placed
+        # already.
         onward = np.logical_or.accumulate(able[:, ::-1], axis=1)[:, ::-1]
         for k in range(len(p.kinds)):
             present = counts[:, k] > 0
@@ -155,8 +167,8 @@ class PartitionBound:
     def search(self, low: float) -> tuple[float, np.ndarray]:
         """The least time that any partition passes, and partitions ordered by when they fail, best first.
 
-        The time is a proven bound over these partitions if `proven_fill`; otherwise the order is a heuristic, and the
-        caller uses `count_bound`.
+        The time is a proven bound over these partitions if `proven_fill`; otherwise the order is a heuristic,
+        and the caller uses `count_bound`.
         """
         alive = np.arange(len(self.counts))
         time, step = low, 0.01
@@ -167,7 +179,9 @@ class PartitionBound:
         late: list[np.ndarray] = []
         rest = alive[~passed]
         for slack in (1.03, 1.1, 1.3, np.inf):
-            in_time = self.passes(time * slack, rest) if np.isfinite(slack) else np.ones(len(rest), dtype=bool)
+            in_time = (
+                self.passes(time * slack, rest) if np.isfinite(slack) else np.ones(len(rest), dtype=bool)
+            )
             late.append(rest[in_time])
             rest = rest[~in_time]
             if sum(map(len, late)) > _ENOUGH:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Buckets:
-    """`members[q]` are positions of the sequences of bucket q; its length is the longest (`upper`) or shortest one."""
+    """`members[q]` are positions of the sequences of bucket q; its length is the longest (`upper`) or
+    shortest one."""
 
     members: tuple[np.ndarray, ...]
     upper: np.ndarray
@@ -24,8 +26,8 @@ class Buckets:
 def bucketize(lengths: np.ndarray, num_buckets: int) -> Buckets:
     """Buckets of consecutive lengths with the least total of (bucket maximum - length), exactly.
 
-    err[k][q] = min over j<k of err[j][q-1] + n(j, k) * x_k - sum(j, k), over distinct lengths x with prefix counts and
-    sums. No error at all where there are no more distinct lengths than buckets.
+    err[k][q] = min over j<k of err[j][q-1] + n(j, k) * x_k - sum(j, k), over distinct lengths x with prefix
+    counts and sums. No error at all where there are no more distinct lengths than buckets.
     """
     values, inverse, repeat = np.unique(lengths, return_inverse=True, return_counts=True)
     n = len(values)
@@ -47,7 +49,7 @@ def bucketize(lengths: np.ndarray, num_buckets: int) -> Buckets:
         ends.append(k)
     ends = ends[::-1]
     members = tuple(
-        np.flatnonzero((inverse >= a) & (inverse < b)) for a, b in zip(ends[:-1], ends[1:], strict=True)
+        np.flatnonzero((inverse >= a) & (inverse < b)) for a, b in itertools.pairwise(ends)
     )
     upper = np.array([values[b - 1] for b in ends[1:]])
     lower = np.array([values[a] for a in ends[:-1]])

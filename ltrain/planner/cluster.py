@@ -1,4 +1,5 @@
-"""What the planner knows about the machines: nodes of equal devices, and the links inside and between nodes."""
+"""What the planner knows about the machines: nodes of equal devices, and the links inside and between
+nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from ltrain.config.base import ConfigError
 
 @dataclass(frozen=True)
 class Link:
-    """A link as one device sees it: `gb_s` is 10^9 bytes per second in one direction, `latency_s` per message."""
+    """A link as one device sees it: `gb_s` is 10^9 bytes per second in one direction, `latency_s` per
+    message."""
 
     gb_s: float
     latency_s: float = 0.0
@@ -26,10 +28,10 @@ class Link:
 class Node:
     """`num_devices` equal devices behind one switch.
 
-    `speed` is relative to the device that the cost model was measured on. Memory is either `tokens_per_device` or
-    `memory_gib`, which the cost model's memory figures turn into tokens. `inter` may be absent on a one-node cluster.
-    A device, to the planner, is whatever runs one shard of a sequence: with tensor or pipeline parallelism it is the
-    whole block of devices that does.
+    `speed` is relative to the device that the cost model was measured on. Memory is either
+    `tokens_per_device` or `memory_gib`, which the cost model's memory figures turn into tokens. `inter` may
+    be absent on a one-node cluster. A device, to the planner, is whatever runs one shard of a sequence: with
+    tensor or pipeline parallelism it is the whole block of devices that does.
     """
 
     num_devices: int
@@ -58,8 +60,9 @@ class Island:
 class ClusterSpec:
     """The devices in rank order, node after node.
 
-    `all_to_all_gb_s` holds measured rates, bytes of one device's tensor per second, by group degree; a degree that is
-    not in it is computed from the links. Raises ConfigError where a node, a link or a memory figure is missing or wrong.
+    `all_to_all_gb_s` holds measured rates, bytes of one device's tensor per second, by group degree; a degree
+    that is not in it is computed from the links. Raises ConfigError where a node, a link or a memory figure
+    is missing or wrong.
     """
 
     nodes: tuple[Node, ...]
@@ -73,7 +76,9 @@ class ClusterSpec:
         for degree, rate in self.all_to_all_gb_s.items():
             if degree < 2 or rate <= 0:
                 raise ConfigError(
-                    f"cluster.all_to_all_gb_s[{degree}]", rate, "must be a positive rate of a degree of 2 or more"
+                    f"cluster.all_to_all_gb_s[{degree}]",
+                    rate,
+                    "must be a positive rate of a degree of 2 or more",
                 )
 
     @classmethod
@@ -102,20 +107,26 @@ class ClusterSpec:
 
     @classmethod
     def from_file(cls, path: str | Path) -> ClusterSpec:
-        """A cluster from a YAML or JSON profile (`docs/planner.md` shows one). Raises ConfigError on bad content."""
+        """A cluster from a YAML or JSON profile (`docs/planner.md` shows one). Raises ConfigError on bad
+        content."""
         try:
             data = yaml.safe_load(Path(path).read_text())
         except OSError as error:
-            raise ConfigError("cluster", str(path), f"can't be read ({error.strerror})", "give a profile file") from None
+            raise ConfigError(
+                "cluster", str(path), f"can't be read ({error.strerror})", "give a profile file"
+            ) from None
         except yaml.YAMLError as error:
             raise ConfigError("cluster", str(path), f"is not YAML ({error})") from None
         return cls.from_dict(data)
 
     @classmethod
     def from_dict(cls, data: Any) -> ClusterSpec:
-        """A cluster from the profile's mapping. Raises ConfigError naming the entry that is missing or wrong."""
+        """A cluster from the profile's mapping. Raises ConfigError naming the entry that is missing or
+        wrong."""
         if not isinstance(data, dict) or not isinstance(data.get("nodes"), list):
-            raise ConfigError("cluster.nodes", None, "is missing from the profile", "list the nodes and their links")
+            raise ConfigError(
+                "cluster.nodes", None, "is missing from the profile", "list the nodes and their links"
+            )
         _refuse_unknown("cluster", data, {"nodes", "all_to_all_gb_s"})
         nodes: list[Node] = []
         for index, entry in enumerate(data["nodes"]):
@@ -184,16 +195,22 @@ def _check_node(name: str, node: Node, alone: bool) -> None:
     if node.memory_gib is not None and not node.memory_gib > 0:
         raise ConfigError(f"{name}.memory_gib", node.memory_gib, "must be positive")
     if node.inter is None and not alone:
-        raise ConfigError(f"{name}.inter", None, "is missing: the cluster has several nodes", "add gb_s and latency_s")
+        raise ConfigError(
+            f"{name}.inter", None, "is missing: the cluster has several nodes", "add gb_s and latency_s"
+        )
     for field_name, link in (("intra", node.intra), ("inter", node.inter)):
         if link is not None and (not link.gb_s > 0 or link.latency_s < 0):
-            raise ConfigError(f"{name}.{field_name}", link, "must have a positive gb_s and a latency_s of 0 or more")
+            raise ConfigError(
+                f"{name}.{field_name}", link, "must have a positive gb_s and a latency_s of 0 or more"
+            )
 
 
 def _refuse_unknown(name: str, entry: dict[str, Any], known: set[str]) -> None:
     unknown = sorted(str(key) for key in set(entry) - known)
     if unknown:
-        raise ConfigError(f"{name}.{unknown[0]}", entry[unknown[0]], "is not a field", f"use {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"{name}.{unknown[0]}", entry[unknown[0]], "is not a field", f"use {', '.join(sorted(known))}"
+        )
 
 
 def _read_link(name: str, entry: Any) -> Link:

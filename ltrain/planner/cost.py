@@ -1,7 +1,7 @@
 """Seconds and bytes of a document in a group: compute, exchange by schedule, memory.
 
-Follows arXiv 2412.01523, section 4.1 (time linear in the sum of per-sequence terms, memory linear in tokens), grown by
-the pattern's work, unequal members, several exchange schedules and an efficiency by chunk length.
+Follows arXiv 2412.01523, section 4.1 (time linear in the sum of per-sequence terms, memory linear in tokens),
+grown by the pattern's work, unequal members, several exchange schedules and an efficiency by chunk length.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from ltrain.planner.work import DenseWork, Work
 
 SCHEDULES = ("ulysses", "ring", "ulysses_ring")
 LOCAL = "local"
-# Ulysses moves q, k, v and o once each way; a ring moves k, v forward, and k, v, dk, dv backward: 6 of 8 tensors.
+# Ulysses moves q, k, v and o once each way; a ring moves k, v forward, and k, v, dk, dv backward: 6 of 8
+# tensors.
 _RING_SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Bytes that a device needs: `state_bytes` whatever it holds, plus the level's bytes for every token of its shard.
+    """Bytes that a device needs: `state_bytes` whatever it holds, plus the level's bytes for every token of
+    its shard.
 
-    `bytes_per_token` maps a memory level's name (how much is kept for the backward) to bytes; `level` is the one in use.
+    `bytes_per_token` maps a memory level's name (how much is kept for the backward) to bytes; `level` is the
+    one in use.
     """
 
     bytes_per_token: Mapping[str, float]
@@ -66,16 +69,16 @@ class Terms:
 class CostModel:
     """Time of one micro-batch on one group: fixed_s + sum over its sequences of compute and exchange.
 
-    - `attention_s`: seconds per token^2 of `work` on one device of speed 1; `linear_s`: seconds per token; `fixed_s`:
-      seconds per micro-batch and group.
-    - `bytes_per_token`: bytes that all-to-all moves per token in a step, all layers and both passes (16 x layers x hidden
-      size for bf16 with as many key/value heads as query heads).
-    - `work`: the attention pattern's work by length; `num_heads`, `num_kv_heads`: limit head-sharded degrees and
-      shrink the exchange of keys and values (None: no limit, equal numbers).
-    - `schedules`: exchanges that a group may choose from; `overlap`: the share of attention's time behind which a ring's
-      transfer can hide.
-    - `efficiency`: (chunk tokens, share of peak) pairs: attention on chunks of that many tokens per device is slower by
-      the share, interpolated in the logarithm of the chunk.
+    - `attention_s`: seconds per token^2 of `work` on one device of speed 1; `linear_s`: seconds per token;
+      `fixed_s`: seconds per micro-batch and group.
+    - `bytes_per_token`: bytes that all-to-all moves per token in a step, all layers and both passes (16 x
+      layers x hidden size for bf16 with as many key/value heads as query heads).
+    - `work`: the attention pattern's work by length; `num_heads`, `num_kv_heads`: limit head-sharded degrees
+      and shrink the exchange of keys and values (None: no limit, equal numbers).
+    - `schedules`: exchanges that a group may choose from; `overlap`: the share of attention's time behind
+      which a ring's transfer can hide.
+    - `efficiency`: (chunk tokens, share of peak) pairs: attention on chunks of that many tokens per device is
+      slower by the share, interpolated in the logarithm of the chunk.
     - `num_exchanges`: collectives per micro-batch, each paying the link's latency.
     - `exchange_scale`: correction of the exchange found by measurement.
     """
@@ -95,7 +98,14 @@ class CostModel:
     exchange_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("attention_s", "linear_s", "fixed_s", "bytes_per_token", "exchange_scale", "num_exchanges"):
+        for name in (
+            "attention_s",
+            "linear_s",
+            "fixed_s",
+            "bytes_per_token",
+            "exchange_scale",
+            "num_exchanges",
+        ):
             value = getattr(self, name)
             if not (value >= 0 and np.isfinite(value)):
                 raise ConfigError(f"cost.{name}", value, "must be a finite number of 0 or more")
@@ -108,7 +118,9 @@ class CostModel:
             raise ConfigError("cost.overlap", self.overlap, "must be in 0..1")
         chunks = [chunk for chunk, _ in self.efficiency]
         if any(not 0 < share <= 1 for _, share in self.efficiency) or chunks != sorted(set(chunks)):
-            raise ConfigError("cost.efficiency", self.efficiency, "must be rising chunks with shares in (0, 1]")
+            raise ConfigError(
+                "cost.efficiency", self.efficiency, "must be rising chunks with shares in (0, 1]"
+            )
 
     def scaled(self, compute: float, linear: float, fixed: float, exchange: float) -> CostModel:
         """The model with its four terms multiplied: attention, linear, fixed, exchange."""
@@ -121,12 +133,16 @@ class CostModel:
         )
 
     def tokens_of(self, node: Node) -> int:
-        """Tokens of activations that one device of the node holds. Raises ConfigError where that can't be known."""
+        """Tokens of activations that one device of the node holds. Raises ConfigError where that can't be
+        known."""
         if node.tokens_per_device is not None:
             return node.tokens_per_device
         if self.memory is None or node.memory_gib is None:
             raise ConfigError(
-                "cost.memory", None, "is needed: the cluster gives memory in GiB", "give bytes per token by level"
+                "cost.memory",
+                None,
+                "is needed: the cluster gives memory in GiB",
+                "give bytes per token by level",
             )
         return self.memory.tokens(node.memory_gib)
 
@@ -147,7 +163,9 @@ class CostModel:
             return False
         if schedule == "ulysses":
             return heads is None or heads % kind.degree == 0
-        even_nodes = kind.num_nodes > 1 and kind.degree == kind.num_nodes * kind.per_node and kind.per_node > 1
+        even_nodes = (
+            kind.num_nodes > 1 and kind.degree == kind.num_nodes * kind.per_node and kind.per_node > 1
+        )
         return even_nodes and (heads is None or heads % kind.per_node == 0)
 
     def terms(self, kind: GroupKind, lengths: np.ndarray, schedule: str) -> Terms:

@@ -1,7 +1,7 @@
 """Cutting a batch into micro-batches.
 
-Sequences sorted by length are cut into consecutive runs with the largest token sum as small as possible (arXiv
-2412.01523, section 4.2): few micro-batches, little variance inside one, even memory.
+Sequences sorted by length are cut into consecutive runs with the largest token sum as small as possible
+(arXiv 2412.01523, section 4.2): few micro-batches, little variance inside one, even memory.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 def divide(lengths: np.ndarray, parts: int) -> list[tuple[int, int]]:
     """Runs (start, stop) over `lengths` [S], at most `parts` of them, with the least possible largest sum.
 
-    Of the divisions with that largest sum, the one whose rest, after its first run, is again divided so: one very long
-    document does not leave the others uneven. Greedy filling is optimal for a given largest sum, so a binary search
-    finds the least.
+    Of the divisions with that largest sum, the one whose rest, after its first run, is again divided so: one
+    very long document does not leave the others uneven. Greedy filling is optimal for a given largest sum, so
+    a binary search finds the least.
     """
     runs: list[tuple[int, int]] = []
     start = 0

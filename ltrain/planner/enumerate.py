@@ -1,4 +1,5 @@
-"""One micro-batch by walking partitions: bound them all, deal sequences in the best few, repair, keep the best."""
+"""One micro-batch by walking partitions: bound them all, deal sequences in the best few, repair, keep the
+best."""
 
 from __future__ import annotations
 
@@ -65,7 +66,9 @@ def solve_by_enumeration(problem: Problem, cluster: ClusterSpec, stop_at: float 
     dealt = min(max(6000 // len(problem.lengths), 24), 400)
     found = None
     for start in range(0, len(ranked), dealt):
-        some = [row for row in ranked[start : start + dealt] if place(cluster, problem.kinds, row) is not None]
+        some = [
+            row for row in ranked[start : start + dealt] if place(cluster, problem.kinds, row) is not None
+        ]
         found = best_of(problem, np.array(some, dtype=np.int64), bound) if some else None
         if found is not None:
             break
@@ -85,7 +88,8 @@ def _interleave(first: np.ndarray, *orders: np.ndarray) -> np.ndarray:
 
 
 def best_of(problem: Problem, counts: np.ndarray, bound: float) -> Assignment | None:
-    """Deal and repair in every partition of `counts` [P, K]; the best assignment, or None where nothing fits."""
+    """Deal and repair in every partition of `counts` [P, K]; the best assignment, or None where nothing
+    fits."""
     best: Assignment | None = None
     repaired = min(max(300 // len(problem.lengths), 3), 24)
     for rule, slacks in _PASSES:

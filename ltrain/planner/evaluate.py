@@ -28,7 +28,9 @@ class GroupSeconds:
         return self.attention + self.linear + self.exchange + self.fixed
 
 
-def kind_of_ranks(cluster: ClusterSpec, cost: CostModel, ranks: Sequence[int], weights: Sequence[float]) -> GroupKind:
+def kind_of_ranks(
+    cluster: ClusterSpec, cost: CostModel, ranks: Sequence[int], weights: Sequence[float]
+) -> GroupKind:
     """The kind of a group that stands on exactly these ranks with these shares."""
     node_of = np.repeat(np.arange(len(cluster.nodes)), [node.num_devices for node in cluster.nodes])
     here = Counter(int(node_of[rank]) for rank in ranks)
@@ -39,9 +41,11 @@ def kind_of_ranks(cluster: ClusterSpec, cost: CostModel, ranks: Sequence[int], w
         use.append(len(inside))
         shares.append(max((weights[i] for i in inside), default=0.0))
     rates = [(weight, cluster.nodes[int(node_of[rank])]) for rank, weight in zip(ranks, weights, strict=True)]
-    latencies = [node.inter.latency_s for node in nodes if node.inter] if len(here) > 1 else [
-        node.intra.latency_s for node in nodes
-    ]
+    latencies = (
+        [node.inter.latency_s for node in nodes if node.inter]
+        if len(here) > 1
+        else [node.intra.latency_s for node in nodes]
+    )
     return GroupKind(
         len(ranks),
         tuple(use),
@@ -57,7 +61,9 @@ def kind_of_ranks(cluster: ClusterSpec, cost: CostModel, ranks: Sequence[int], w
     )
 
 
-def group_seconds(group: Group, lengths: Sequence[int], cluster: ClusterSpec, cost: CostModel) -> GroupSeconds:
+def group_seconds(
+    group: Group, lengths: Sequence[int], cluster: ClusterSpec, cost: CostModel
+) -> GroupSeconds:
     """The group's terms under `cost`, with the schedule that the plan gave it."""
     kind = kind_of_ranks(cluster, cost, group.ranks, group.weights)
     terms = cost.terms(kind, np.array([lengths[s] for s in group.sequences]), group.schedule)

@@ -53,7 +53,8 @@ def _by_shape(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
 
 
 def comparison_table(rows: Sequence[tuple[str, float]], tokens: int) -> Table:
-    """Named step times beside the first row's: seconds, tokens per second, and how much faster the first is."""
+    """Named step times beside the first row's: seconds, tokens per second, and how much faster the first
+    is."""
     table = Table(title="predicted step")
     table.add_column("policy")
     for column in ("seconds", "tokens/s", "the plan is faster by"):

@@ -1,7 +1,8 @@
 """What one rank has to do for a plan: pure arithmetic, for the trainer to carry out.
 
-The sequences of a group are packed, in order, into one stream. The stream is dealt to the members in blocks: round robin
-where all shares are equal (the striped layout), in proportion where they are not (the dealt layout).
+The sequences of a group are packed, in order, into one stream. The stream is dealt to the members in blocks:
+round robin where all shares are equal (the striped layout), in proportion where they are not (the dealt
+layout).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from ltrain.planner.plan import Group, Plan
 
 @dataclass(frozen=True)
 class RankTask:
-    """One micro-batch of one rank. An idle rank has no group and no sequences, and still takes part in collectives that
-    span the world."""
+    """One micro-batch of one rank. An idle rank has no group and no sequences, and still takes part in
+    collectives that span the world."""
 
     group: tuple[int, ...] | None
     member: int
@@ -65,16 +66,18 @@ def group_task(group: Group, rank: int, block: int = 128) -> RankTask:
 
 def all_groups(plans: Sequence[Plan]) -> tuple[tuple[int, ...], ...]:
     """Every distinct set of two or more ranks that the plans use, in one order that all ranks agree on."""
-    ranks = {group.ranks for plan in plans for groups in plan.micro_batches for group in groups if group.degree > 1}
+    ranks = {
+        group.ranks for plan in plans for groups in plan.micro_batches for group in groups if group.degree > 1
+    }
     return tuple(sorted(ranks, key=lambda members: (-len(members), members)))
 
 
 def block_owners(num_tokens: int, weights: Sequence[float], block: int) -> np.ndarray:
     """Member that holds each block of a stream, int64 [ceil(num_tokens / block)].
 
-    Among the members whose share of the blocks so far is not full, the one that must have its next block first (a
-    proportionate schedule): every member has its share of every prefix, to within one block, and equal weights give round
-    robin. The fastest member so never gets more than its share rounded up.
+    Among the members whose share of the blocks so far is not full, the one that must have its next block
+    first (a proportionate schedule): every member has its share of every prefix, to within one block, and
+    equal weights give round robin. The fastest member so never gets more than its share rounded up.
     """
     num_blocks = -(-num_tokens // block)
     if len(set(weights)) == 1:

@@ -1,7 +1,8 @@
 """The kinds of group that a cluster offers, and where groups of given kinds can stand.
 
-Devices of one island are interchangeable, so a plan only has to decide how many groups of each kind there are; ranks
-follow by placement: a group that fits a node never crosses nodes, a larger one takes whole nodes first.
+Devices of one island are interchangeable, so a plan only has to decide how many groups of each kind there
+are; ranks follow by placement: a group that fits a node never crosses nodes, a larger one takes whole nodes
+first.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from ltrain.planner.cluster import ClusterSpec, Island
 class GroupKind:
     """A group shape: `use[i]` devices of island i.
 
-    `weights[i]` is the share of a sequence that each device of island i holds (they sum to 1 over the group), `capacity`
-    the tokens that the group holds under these weights, `compute_scale` the time of one unit of work under them.
+    `weights[i]` is the share of a sequence that each device of island i holds (they sum to 1 over the group),
+    `capacity` the tokens that the group holds under these weights, `compute_scale` the time of one unit of
+    work under them.
     """
 
     degree: int
@@ -62,9 +64,10 @@ def group_kinds(
 ) -> list[GroupKind]:
     """All kinds, largest degree first.
 
-    Inside an island every allowed degree; across islands the union of neighbouring islands and, for even degrees, halves
-    of two neighbours. A mixed kind comes with shards by speed, by memory, and even, where these differ. Capacity counts
-    whole blocks of `block` tokens, so that a shard rounded up to blocks still fits.
+    Inside an island every allowed degree; across islands the union of neighbouring islands and, for even
+    degrees, halves of two neighbours. A mixed kind comes with shards by speed, by memory, and even, where
+    these differ. Capacity counts whole blocks of `block` tokens, so that a shard rounded up to blocks still
+    fits.
     """
     islands = cluster.islands
     uses: list[tuple[int, ...]] = []
@@ -75,7 +78,9 @@ def group_kinds(
     for first in range(len(islands)):
         for last in range(first + 1, len(islands)):
             union = tuple(island.size if first <= i <= last else 0 for i, island in enumerate(islands))
-            if sum(union) in allowed or (first == 0 and last == len(islands) - 1 and degrees == "powers_of_two"):
+            if sum(union) in allowed or (
+                first == 0 and last == len(islands) - 1 and degrees == "powers_of_two"
+            ):
                 uses.append(union)
         if first + 1 < len(islands):
             for half in degrees_up_to(min(islands[first].size, islands[first + 1].size), degrees):
@@ -129,8 +134,8 @@ def place(
 ) -> list[list[tuple[int, ...]]] | None:
     """Ranks for `counts[k]` groups of every kind, or None where nodes can't be filled so.
 
-    Groups are placed by descending degree. Inside an island a group that fits a node goes to the fullest node that still
-    holds it; a larger one takes whole free nodes and its remainder like a small group.
+    Groups are placed by descending degree. Inside an island a group that fits a node goes to the fullest node
+    that still holds it; a larger one takes whole free nodes and its remainder like a small group.
     """
     free = [_nodes(island) for island in cluster.islands]
     placed: list[list[tuple[int, ...]]] = [[] for _ in kinds]
@@ -149,7 +154,8 @@ def place(
 def _nodes(island: Island) -> list[list[int]]:
     size = island.node.num_devices
     return [
-        list(range(island.first_rank + n * size, island.first_rank + (n + 1) * size)) for n in range(island.num_nodes)
+        list(range(island.first_rank + n * size, island.first_rank + (n + 1) * size))
+        for n in range(island.num_nodes)
     ]
 
 

@@ -19,8 +19,8 @@ def deal(
     Returns (kind_of [P, G], group_of [P, S], makespan [P], inf where something did not fit). Rules:
 
     - `earliest`: the group that would finish first (longest processing time first).
-    - `fill`: the fullest group of the largest kind that still finishes within `target`; else as `earliest`. This follows
-      the optimal fractional assignment.
+    - `fill`: the fullest group of the largest kind that still finishes within `target`; else as `earliest`.
+      This follows the optimal fractional assignment.
     - `best_fit`: the group with the least memory left over among those within `target`; else among all.
     Groups without room in memory are never taken.
     """

@@ -1,14 +1,15 @@
 """The integer program of arXiv 2412.01523, section 4.1.2, in PuLP.
 
-Virtual groups p: as many of each kind as the devices allow. m_p: group is used; A_qp: sequences of bucket q in group p.
+Virtual groups p: as many of each kind as the devices allow. m_p: group is used; A_qp: sequences of bucket q
+in group p.
 
     minimise C                       sum_p A_qp = n_q
     sum_q A_qp time_qp + fixed_p <= C + (unused: free)
     sum_q A_qp length_q <= capacity_p m_p
     sum_p use_pi m_p <= sizes_i      m_p >= m_p+1 among groups of one kind
 
-Sequences are bucketed only where there are many. Bucket maxima count as time, bucket means as memory (maxima would
-refuse tight packings that exist); true lengths decide afterwards.
+Sequences are bucketed only where there are many. Bucket maxima count as time, bucket means as memory (maxima
+would refuse tight packings that exist); true lengths decide afterwards.
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ def _set_start(
 def _decode(
     problem: Problem, buckets: Buckets, groups: np.ndarray, a: dict[tuple[int, int], pulp.LpVariable]
 ) -> Assignment | None:
-    """True sequences for the counts found, longest to the group with most room; None where memory does not hold."""
+    """True sequences for the counts found, longest to the group with most room; None where memory does not
+    hold."""
     group_of = np.full(len(problem.lengths), -1, dtype=np.int64)
     free = problem.capacity[groups].copy()
     for q, members in enumerate(buckets.members):

@@ -1,12 +1,13 @@
 """Document lengths of three public corpora, as histograms to draw batches from.
 
-`wikipedia` is counted from a million tokenised articles. For `github` and `commoncrawl` no lengths were published; their
-histograms are of a lognormal body with a Pareto tail beyond 16K tokens, fitted to published step times and shares
-(arXiv 2412.01523, section 6). Documents beyond the cap are dropped, as there.
+`wikipedia` is counted from a million tokenised articles. For `github` and `commoncrawl` no lengths were
+published; their histograms are of a lognormal body with a Pareto tail beyond 16K tokens, fitted to published
+step times and shares (arXiv 2412.01523, section 6). Documents beyond the cap are dropped, as there.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -20,15 +21,16 @@ _TAIL_START, _TAIL_INDEX = 16384, 1.1
 
 @dataclass(frozen=True)
 class LengthMix:
-    """Shares of documents by length: `shares[i]` lie in (edges[i], edges[i+1]], spread evenly in the logarithm."""
+    """Shares of documents by length: `shares[i]` lie in (edges[i], edges[i+1]], spread evenly in the
+    logarithm."""
 
     name: str
     edges: tuple[int, ...]
     shares: tuple[float, ...]
 
     def draw(self, count: int, cap: int, seed: int) -> list[int]:
-        """`count` lengths of at most `cap` tokens; equal arguments give equal lengths. Raises ConfigError on a cap below
-        the shortest document."""
+        """`count` lengths of at most `cap` tokens; equal arguments give equal lengths. Raises ConfigError on
+        a cap below the shortest document."""
         if cap <= self.edges[0]:
             raise ConfigError("mix.cap", cap, f"must exceed the shortest document, {self.edges[0]} tokens")
         if count < 1:
@@ -53,10 +55,25 @@ def _body_and_tail(median: float, sigma: float, tail: float) -> tuple[float, ...
         return (1 - tail) * body + tail * pareto
 
     cumulative = [0.0, *(below(edge) for edge in _EDGES[1:])]
-    return tuple(b - a for a, b in zip(cumulative[:-1], cumulative[1:], strict=True))
+    return tuple(b - a for a, b in itertools.pairwise(cumulative))
 
 
-_WIKIPEDIA = (21.445, 20.205, 21.036, 16.123, 10.838, 5.958, 2.796, 1.122, 0.3465, 0.1027, 0.0228, 0.0030, 0.0012, 0.0005)
+_WIKIPEDIA = (
+    21.445,
+    20.205,
+    21.036,
+    16.123,
+    10.838,
+    5.958,
+    2.796,
+    1.122,
+    0.3465,
+    0.1027,
+    0.0228,
+    0.0030,
+    0.0012,
+    0.0005,
+)
 
 MIXES = {
     mix.name: mix

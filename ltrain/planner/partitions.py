@@ -12,10 +12,9 @@ class TooManyPartitionsError(Exception):
 
 
 @lru_cache(maxsize=64)
-def all_partitions(
-    use: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], limit: int
-) -> np.ndarray:
-    """Every maximal partition: counts int64 [P, K] with sum_k counts[k] use[k] <= sizes and no room for another group.
+def all_partitions(use: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], limit: int) -> np.ndarray:
+    """Every maximal partition: counts int64 [P, K] with sum_k counts[k] use[k] <= sizes and no room for
+    another group.
 
     1,828 for 64 devices in powers of two. Raises TooManyPartitionsError beyond `limit`.
     """

@@ -17,9 +17,9 @@ SCHEMA_VERSION = 1
 class Group:
     """Ranks that work on the same sequences in one micro-batch.
 
-    `sequences` are indices into the batch, in packed order; `schedule` says how the ranks exchange ("local" for one
-    rank); `weights` are the members' shares of every packed stream, in rank order; `num_tokens` and `capacity` are of
-    the whole group.
+    `sequences` are indices into the batch, in packed order; `schedule` says how the ranks exchange ("local"
+    for one rank); `weights` are the members' shares of every packed stream, in rank order; `num_tokens` and
+    `capacity` are of the whole group.
     """
 
     ranks: tuple[int, ...]
@@ -49,10 +49,10 @@ class Group:
 class Plan:
     """Micro-batches, run one after another; inside one, groups run at the same time on disjoint ranks.
 
-    `predicted_s` is the sum over micro-batches of the slowest group. `lower_bound_s` is proven: no assignment of the same
-    micro-batches to groups is faster under the cost model. `step_bound_s` holds for any division into micro-batches.
-    `notes` say what did not go as asked (a solver out of time, a fall-back). `solve_s` is wall time, and no part of the
-    plan's identity.
+    `predicted_s` is the sum over micro-batches of the slowest group. `lower_bound_s` is proven: no assignment
+    of the same micro-batches to groups is faster under the cost model. `step_bound_s` holds for any division
+    into micro-batches. `notes` say what did not go as asked (a solver out of time, a fall-back). `solve_s` is
+    wall time, and no part of the plan's identity.
     """
 
     micro_batches: tuple[tuple[Group, ...], ...]
@@ -95,7 +95,9 @@ class Plan:
             data = json.loads(text)
             if data.pop("schema") != SCHEMA_VERSION:
                 raise ValueError("another schema version")
-            micro_batches = tuple(tuple(_read_group(group) for group in groups) for groups in data.pop("micro_batches"))
+            micro_batches = tuple(
+                tuple(_read_group(group) for group in groups) for groups in data.pop("micro_batches")
+            )
             plan = cls(
                 micro_batches,
                 lengths=tuple(int(length) for length in data.pop("lengths")),
@@ -103,12 +105,15 @@ class Plan:
                 **data,
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError("plan", text[:60], f"is not a plan of schema {SCHEMA_VERSION} ({error})") from None
+            raise ConfigError(
+                "plan", text[:60], f"is not a plan of schema {SCHEMA_VERSION} ({error})"
+            ) from None
         plan.validate()
         return plan
 
     def validate(self, lengths: Sequence[int] | None = None) -> None:
-        """Raise ConfigError unless the plan can be run: every sequence exactly once, ranks disjoint, memory kept."""
+        """Raise ConfigError unless the plan can be run: every sequence exactly once, ranks disjoint, memory
+        kept."""
         if lengths is not None and tuple(lengths) != self.lengths:
             raise ConfigError("plan.lengths", len(self.lengths), "must be the lengths of the batch")
         seen: list[int] = []
@@ -130,7 +135,9 @@ class Plan:
                 if len(group.weights) != group.degree or abs(sum(group.weights) - 1.0) > 1e-9:
                     raise ConfigError(name, group.weights, "must be one share a rank, with sum 1")
         if sorted(seen) != list(range(len(self.lengths))):
-            raise ConfigError("plan.sequences", len(seen), f"must be each of {len(self.lengths)} exactly once")
+            raise ConfigError(
+                "plan.sequences", len(seen), f"must be each of {len(self.lengths)} exactly once"
+            )
 
     def explain(self) -> str:
         """The plan as a table in plain text."""

@@ -19,7 +19,8 @@ from ltrain.planner.kinds import GroupKind, group_kinds
 
 @dataclass(frozen=True)
 class Assignment:
-    """Groups of one micro-batch: `counts` [K], `kind_of` [G], `group_of` [S]; `loads` [G] seconds, 0 where empty."""
+    """Groups of one micro-batch: `counts` [K], `kind_of` [G], `group_of` [S]; `loads` [G] seconds, 0 where
+    empty."""
 
     counts: tuple[int, ...]
     kind_of: np.ndarray
@@ -35,8 +36,9 @@ class Assignment:
 class Problem:
     """Sequences `lengths` [S], longest first, and what they cost in each of `kinds`.
 
-    `times` [S, K] and `fixed` [K] are under the one schedule per kind in `schedules`; `low` [S, K] and `low_fixed` [K] are
-    the least over schedules, for bounds. `capacity` [K] tokens, `use` [K, I] devices, `sizes` [I] devices there are.
+    `times` [S, K] and `fixed` [K] are under the one schedule per kind in `schedules`; `low` [S, K] and
+    `low_fixed` [K] are the least over schedules, for bounds. `capacity` [K] tokens, `use` [K, I] devices,
+    `sizes` [I] devices there are.
     """
 
     lengths: np.ndarray
@@ -139,7 +141,9 @@ class BatchTable:
             best = min(tables, key=lambda name: float(tables[name][0][rows][fit].sum()) + tables[name][1])
             times.append(tables[best][0][rows])
             fixed.append(tables[best][1])
-            low.append(times[-1] if len(tables) == 1 else np.min([t[0][rows] for t in tables.values()], axis=0))
+            low.append(
+                times[-1] if len(tables) == 1 else np.min([t[0][rows] for t in tables.values()], axis=0)
+            )
             low_fixed.append(min(t[1] for t in tables.values()))
             schedules.append(best)
         return Problem(
@@ -179,7 +183,9 @@ class BatchTable:
         )
 
 
-def assignment(problem: Problem, counts: Sequence[int], kind_of: np.ndarray, group_of: np.ndarray) -> Assignment:
+def assignment(
+    problem: Problem, counts: Sequence[int], kind_of: np.ndarray, group_of: np.ndarray
+) -> Assignment:
     """An assignment with its loads worked out from the problem."""
     sums = np.bincount(
         group_of, weights=problem.times[np.arange(len(group_of)), kind_of[group_of]], minlength=len(kind_of)

@@ -12,7 +12,8 @@ Status = Literal["optimal", "feasible", "infeasible", "none"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """`status` "feasible": the limit came first; "none": nothing found. `bound` is the proven objective bound, if any."""
+    """`status` "feasible": the limit came first; "none": nothing found. `bound` is the proven objective
+    bound, if any."""
 
     status: Status
     solver: str
@@ -20,7 +21,8 @@ class Outcome:
 
 
 class _WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
-    """PuLP's HiGHS, started from the variables' values; PuLP itself hands them only to its file-based solvers."""
+    """PuLP's HiGHS, started from the variables' values; PuLP itself hands them only to its file-based
+    solvers."""
 
     def callSolver(self, lp: Any) -> None:
         import highspy
@@ -32,15 +34,22 @@ class _WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
 
 
 def solve_program(
-    model: pulp.LpProblem, time_limit_s: float | None, relative_gap: float, warm: bool = False, prefer: str = "highs"
+    model: pulp.LpProblem,
+    time_limit_s: float | None,
+    relative_gap: float,
+    warm: bool = False,
+    prefer: str = "highs",
 ) -> Outcome:
-    """Solve on one thread, from the variables' values if `warm`. Raises RuntimeError where PuLP has no solver."""
+    """Solve on one thread, from the variables' values if `warm`. Raises RuntimeError where PuLP has no
+    solver."""
     names = pulp.listSolvers(onlyAvailable=True)
     if prefer == "highs" and "HiGHS" in names:
         kind = _WarmHiGHS if warm else pulp.HiGHS
         model.solve(kind(msg=False, threads=1, timeLimit=time_limit_s, gapRel=relative_gap))
         info = model.solverModel.getInfo()
-        bound = float(info.mip_dual_bound) if any(v.cat == pulp.LpInteger for v in model.variables()) else None
+        bound = (
+            float(info.mip_dual_bound) if any(v.cat == pulp.LpInteger for v in model.variables()) else None
+        )
         found = int(info.primal_solution_status) == 2
         return Outcome(_status(model, found), "highs", bound)
     if "PULP_CBC_CMD" in names:

@@ -6,17 +6,17 @@ import numpy as np
 
 from ltrain.planner.problem import Assignment, Problem, assignment
 
-
 # Two groups of at most so many sequences together are dealt anew in all ways, with so many partners.
 _SUBSET, _PARTNERS = 11, 12
 
 
 def repair(problem: Problem, start: Assignment, target: float, max_steps: int = 400) -> Assignment:
-    """An assignment no slower than `start`, of the same groups; stops at `target`, a local optimum, or max_steps.
+    """An assignment no slower than `start`, of the same groups; stops at `target`, a local optimum, or
+    max_steps.
 
-    Each step takes the slowest group, and of all moves of one of its sequences to another group, and all exchanges with
-    a sequence elsewhere, that keep memory, the one that leaves the pair's slower group fastest; where none helps and groups are small, any exchange
-    of subsets. A step must shrink the
+    Each step takes the slowest group, and of all moves of one of its sequences to another group, and all
+    exchanges with a sequence elsewhere, that keep memory, the one that leaves the pair's slower group
+    fastest; where none helps and groups are small, any exchange of subsets. A step must shrink the
     slower of the two, so the search ends.
     """
     kind_of, group_of = start.kind_of, start.group_of.copy()
@@ -79,16 +79,19 @@ def repair(problem: Problem, start: Assignment, target: float, max_steps: int = 
         touched = {slowest, *(group for _, group in changes)}
         for group in touched:
             inside = group_of == group
-            loads[group] = own[inside].sum() + problem.fixed[kind_of[group]] if inside.any() else problem.fixed[
-                kind_of[group]
-            ]
+            loads[group] = (
+                own[inside].sum() + problem.fixed[kind_of[group]]
+                if inside.any()
+                else problem.fixed[kind_of[group]]
+            )
     return assignment(problem, start.counts, kind_of, group_of)
 
 
 def _redeal(
     problem: Problem, slowest: int, group_of: np.ndarray, loads: np.ndarray, kind_of: np.ndarray
 ) -> list[tuple[int, int]] | None:
-    """The best exchange of any subsets between the slowest group and one other of few sequences, as (sequence, group).
+    """The best exchange of any subsets between the slowest group and one other of few sequences, as
+    (sequence, group).
 
     All ways to deal the two groups' sequences anew are compared; None where no partner makes the pair faster.
     """
@@ -98,7 +101,9 @@ def _redeal(
     most = loads[slowest]
     best, changes = most * (1 - 1e-9), None
     sizes = np.bincount(group_of, minlength=len(loads))
-    partners = [g for g in np.argsort(loads, kind="stable") if g != slowest and sizes[g] + len(here) <= _SUBSET]
+    partners = [
+        g for g in np.argsort(loads, kind="stable") if g != slowest and sizes[g] + len(here) <= _SUBSET
+    ]
     for other in partners[:_PARTNERS]:
         items = np.concatenate([here, np.flatnonzero(group_of == other)])
         # Row r of `stay` keeps item i in the slowest group where bit i of r is set.
@@ -107,12 +112,16 @@ def _redeal(
         time_a = stay @ problem.times[items, a] + problem.fixed[a]
         time_b = (1 - stay) @ problem.times[items, b] + problem.fixed[b]
         tokens = stay @ problem.lengths[items]
-        fits = (tokens <= problem.capacity[a]) & (problem.lengths[items].sum() - tokens <= problem.capacity[b])
+        fits = (tokens <= problem.capacity[a]) & (
+            problem.lengths[items].sum() - tokens <= problem.capacity[b]
+        )
         time = np.where(fits, np.maximum(time_a, time_b), np.inf)
         row = int(time.argmin())
         if time[row] < best:
             best = float(time[row])
-            changes = [(int(i), slowest if keep else int(other)) for i, keep in zip(items, stay[row], strict=True)]
+            changes = [
+                (int(i), slowest if keep else int(other)) for i, keep in zip(items, stay[row], strict=True)
+            ]
     return changes
 
 

@@ -39,16 +39,17 @@ def plan_batch(
     block: int = 1,
     trials: int = TRIALS,
 ) -> Plan:
-    """Deal sequences of `lengths` tokens to micro-batches and groups of devices, with the least predicted step time.
+    """Deal sequences of `lengths` tokens to micro-batches and groups of devices, with the least predicted
+    step time.
 
-    - `solver`: "enumerate" walks the partitions of the devices; "milp" solves the integer program from that plan as a warm
-      start; "lp" plans from the relaxed program's group counts, and certifies with it; "auto" is "enumerate", then "milp"
-      while `time_limit_s` lasts (None: no time is spent on it).
-    - `degrees`: "powers_of_two", "any", or a list. `block`: shards are whole blocks of so many tokens. `trials`:
-      micro-batch counts compared.
+    - `solver`: "enumerate" walks the partitions of the devices; "milp" solves the integer program from that
+      plan as a warm start; "lp" plans from the relaxed program's group counts, and certifies with it; "auto"
+      is "enumerate", then "milp" while `time_limit_s` lasts (None: no time is spent on it).
+    - `degrees`: "powers_of_two", "any", or a list. `block`: shards are whole blocks of so many tokens.
+      `trials`: micro-batch counts compared.
 
-    Equal input gives an equal plan, except for "milp" and "auto" with a time limit. Raises ConfigError where a length is
-    not positive or fits no group.
+    Equal input gives an equal plan, except for "milp" and "auto" with a time limit. Raises ConfigError where
+    a length is not positive or fits no group.
     """
     if solver not in SOLVERS:
         raise ConfigError("solver", solver, f"must be one of {', '.join(SOLVERS)}")
@@ -77,10 +78,11 @@ def certify(
     block: int = 1,
     exact_limit_s: float = 0.0,
 ) -> Plan:
-    """The plan with its lower bound raised as far as the aggregated program proves; seconds, not milliseconds.
+    """The plan with its lower bound raised as far as the aggregated program proves; seconds, not
+    milliseconds.
 
-    Micro-batches of few sequences are also given to the integer program for `exact_limit_s` seconds each: its bound is
-    proven too.
+    Micro-batches of few sequences are also given to the integer program for `exact_limit_s` seconds each: its
+    bound is proven too.
     """
     table = BatchTable(plan.lengths, cluster, cost, degrees, block)
     where = {int(sequence): position for position, sequence in enumerate(table.order)}
@@ -97,7 +99,8 @@ def certify(
 
 
 def step_bound(table: BatchTable, micro_batches: int) -> float:
-    """Seconds that no plan of the batch can beat, however it is divided: area over all devices, and a fixed time each."""
+    """Seconds that no plan of the batch can beat, however it is divided: area over all devices, and a fixed
+    time each."""
     whole = table.problem(0, len(table.lengths))
     prices = np.ones(len(whole.sizes))
     if len(whole.sizes) > 1:
@@ -107,7 +110,8 @@ def step_bound(table: BatchTable, micro_batches: int) -> float:
 
 
 def _best_division(table: BatchTable, trials: int, solver: str) -> tuple[list[tuple[int, int]], list[Solved]]:
-    """Runs of sorted sequences and their solutions, over micro-batch counts from the least that fits memory."""
+    """Runs of sorted sequences and their solutions, over micro-batch counts from the least that fits
+    memory."""
     least = max(1, -(-int(table.lengths.sum()) // table.cluster_tokens))
     best: tuple[list[tuple[int, int]], list[Solved]] | None = None
     best_s, tried, parts = np.inf, 0, least
@@ -136,8 +140,10 @@ def _solve_runs(
     solved: list[Solved] = []
     for index, problem in enumerate(problems):
         rest = best_s - sum(one.makespan for one in solved) - sum(left[index + 1 :])
-        one = solve_by_enumeration(problem, table.cluster, rest) if solver == "enumerate" else _solve_lp(
-            problem, table.cluster
+        one = (
+            solve_by_enumeration(problem, table.cluster, rest)
+            if solver == "enumerate"
+            else _solve_lp(problem, table.cluster)
         )
         if one.assignment is None or one.makespan >= rest:
             return None
@@ -164,19 +170,29 @@ def _polish(
         if made[index].makespan <= made[index].lower_bound_s * (1 + 1e-4):
             continue
         if left < 0.05:
-            notes.append(f"micro_batch {index}: no time left for the integer program, the enumerated plan stands")
+            notes.append(
+                f"micro_batch {index}: no time left for the integer program, the enumerated plan stands"
+            )
             continue
         share = left / (len(order) - place_)
         result = solve_by_program(table.problem(*runs[index]), table.cluster, made[index].assignment, share)
         if result.status in ("none", "infeasible"):
-            notes.append(f"micro_batch {index}: the integer program found nothing in {share:.1f} s, the enumerated plan "
-                         "stands")
+            notes.append(
+               
+               
+                f"micro_batch {index}: the integer program found nothing in {share:.1f} s, "
+                "the enumerated plan stands"
+            )
         made[index] = Solved(result.assignment, max(made[index].lower_bound_s, result.lower_bound_s))
     return made
 
 
 def build_plan(
-    table: BatchTable, runs: list[tuple[int, int]], solved: list[Solved], solver: str, notes: Sequence[str] = ()
+    table: BatchTable,
+    runs: list[tuple[int, int]],
+    solved: list[Solved],
+    solver: str,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """A Plan from solved micro-batches: ranks placed, each group's schedule chosen for what it holds."""
     micro_batches: list[tuple[Group, ...]] = []

@@ -1,8 +1,8 @@
 """How much attention a document needs, in squared tokens of dense causal attention.
 
-A work model is any callable from lengths (float64 [S]) to work (float64 [S], positive, not falling with length), where
-dense causal attention over s tokens counts as s^2. The classes below are the usual ones; they are values that pickle,
-so that a planning process can receive them.
+A work model is any callable from lengths (float64 [S]) to work (float64 [S], positive, not falling with
+length), where dense causal attention over s tokens counts as s^2. The classes below are the usual ones; they
+are values that pickle, so that a planning process can receive them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class WindowWork:
 
 @dataclass(frozen=True)
 class DensityWork:
-    """A share `density` of the causal pairs, plus a selection that costs `selection` of the dense work, and at least the
-    `floor_tokens` nearest keys of every query (sinks and local blocks)."""
+    """A share `density` of the causal pairs, plus a selection that costs `selection` of the dense work, and
+    at least the `floor_tokens` nearest keys of every query (sinks and local blocks)."""
 
     density: float
     selection: float = 0.0
@@ -79,7 +79,9 @@ class TableWork:
 
     def __post_init__(self) -> None:
         if len(self.lengths) < 2 or len(self.lengths) != len(self.work):
-            raise ConfigError("cost.work.table", len(self.lengths), "must hold two or more (length, work) pairs")
+            raise ConfigError(
+                "cost.work.table", len(self.lengths), "must hold two or more (length, work) pairs"
+            )
         if not _rising(self.lengths) or not _rising(self.work):
             raise ConfigError("cost.work.table", self.lengths, "must hold positive, rising lengths and work")
 
