@@ -48,9 +48,7 @@ def bucketize(lengths: np.ndarray, num_buckets: int) -> Buckets:
         k = int(choice[q, k - 1])
         ends.append(k)
     ends = ends[::-1]
-    members = tuple(
-        np.flatnonzero((inverse >= a) & (inverse < b)) for a, b in itertools.pairwise(ends)
-    )
+    members = tuple(np.flatnonzero((inverse >= a) & (inverse < b)) for a, b in itertools.pairwise(ends))
     upper = np.array([values[b - 1] for b in ends[1:]])
     lower = np.array([values[a] for a in ends[:-1]])
     return Buckets(members, upper, lower, int(error[n]))

@@ -1,7 +1,9 @@
-"""The published measurements that the simulator is held against (arXiv 2412.01523): constants, cells, step seconds.
+"""The published measurements that the simulator is held against (arXiv 2412.01523): constants, cells, step
+seconds.
 
-8 nodes of 8 A100-40GB, NVLink, one 400 Gb/s link per node; batches of 512 documents, longer ones dropped. Cost constants
-are those of the released code; seconds are read off the paper's bar chart, and agree with its printed ratios to 0.05.
+8 nodes of 8 A100-40GB, NVLink, one 400 Gb/s link per node; batches of 512 documents, longer ones dropped.
+Cost constants are those of the released code; seconds are read off the paper's bar chart, and agree with its
+printed ratios to 0.05.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Model:
         )
 
     def tokens_per_device(self, max_length: int) -> int:
-        """What 30 GiB leave for activations beside ZeRO-3 states; learned positions shrink with the context."""
+        """What 30 GiB leave for activations beside ZeRO-3 states; learned positions shrink with the
+        context."""
         params = self.params - (393_216 - max_length) * self.hidden / 2**30
         return int((_DEVICE_MIB - params * 16 * 1024 / NUM_DEVICES) / self.token_mib)
 
@@ -60,7 +63,8 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One bar group: measured seconds per step of static Ulysses, of one degree per batch, and of the planned groups."""
+    """One bar group: measured seconds per step of static Ulysses, of one degree per batch, and of the planned
+    groups."""
 
     model: str
     max_length: int
@@ -92,7 +96,8 @@ CELLS = _cells()
 
 
 def cluster(model: Model, max_length: int, inter_factor: float = 1.0) -> ClusterSpec:
-    """The paper's cluster; `inter_factor` multiplies the rates between nodes (8: one 400 Gb/s link per device)."""
+    """The paper's cluster; `inter_factor` multiplies the rates between nodes (8: one 400 Gb/s link per
+    device)."""
     rates = {d: r * (inter_factor if d > DEVICES_PER_NODE else 1.0) for d, r in ALL_TO_ALL_GB_S.items()}
     return ClusterSpec.uniform(
         NUM_DEVICES,

@@ -178,8 +178,6 @@ def _polish(
         result = solve_by_program(table.problem(*runs[index]), table.cluster, made[index].assignment, share)
         if result.status in ("none", "infeasible"):
             notes.append(
-               
-               
                 f"micro_batch {index}: the integer program found nothing in {share:.1f} s, "
                 "the enumerated plan stands"
             )
