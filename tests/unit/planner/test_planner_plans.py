@@ -48,21 +48,22 @@ def check(plan: Plan, lengths: list[int], spec: ClusterSpec) -> None:
     assert plan.lower_bound_s <= plan.predicted_s * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("solver", ["auto", "enumerate", "lp"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("solver", "seed"), [("auto", 0), ("enumerate", 1), ("enumerate", 2), ("enumerate", 3), ("lp", 4)]
+)
 def test_any_plan_is_complete_and_fits(solver: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     spec = small(int(rng.choice([1, 3, 8, 12])), 4, 1000)
     longest = 1000 * (1 << (spec.num_devices.bit_length() - 1))
     lengths = [int(x) for x in np.minimum(rng.lognormal(5.5, 1.2, 40).astype(int) + 1, longest)]
-    check(plan_batch(lengths, spec, COST, solver=solver), lengths, spec)
+    check(plan_batch(lengths, spec, COST, solver=solver, trials=2), lengths, spec)
 
 
 @pytest.mark.parametrize("name", sorted(MIXES))
 def test_published_mixes_are_near_their_bound_and_never_worse_than_the_rivals(name: str) -> None:
     model = MODELS["7B"]
     spec, cost = cluster(model, 393_216), model.cost()
-    lengths = mix(name).draw(256, 300_000, 1)
+    lengths = mix(name).draw(200, 100_000, 1)
     plan = plan_batch(lengths, spec, cost)
     check(plan, lengths, spec)
     assert certify(plan, spec, cost).gap < 0.03
@@ -108,7 +109,7 @@ def brute_force(lengths: list[int], spec: ClusterSpec, cost: CostModel) -> float
     return best
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_tiny_batches_are_solved_to_the_optimum(seed: int) -> None:
     rng = np.random.default_rng(seed)
     spec = small(4, 2, 1000)
@@ -129,7 +130,7 @@ def test_solvers_agree_and_no_bound_passes_another_solvers_plan() -> None:
     spec = small()
     plans = [
         plan_batch(lengths, spec, COST, solver=solver, time_limit_s=limit, trials=1)
-        for solver, limit in (("enumerate", None), ("lp", None), ("milp", 5.0), ("auto", 3.0))
+        for solver, limit in (("enumerate", None), ("lp", None), ("milp", 2.0), ("auto", 1.0))
     ]
     best = min(plan.predicted_s for plan in plans)
     for plan in plans:
