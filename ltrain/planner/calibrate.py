@@ -23,7 +23,7 @@ class OnlineCalibration:
     """
 
     def __init__(
-        self, cluster: ClusterSpec, cost: CostModel, *, window: int = 512, strength: float = 0.01
+        self, cluster: ClusterSpec, cost: CostModel, *, window: int = 512, strength: float = 0.002
     ) -> None:
         if window < 1:
             raise ConfigError("planner.calibration_window", window, "must be at least 1")

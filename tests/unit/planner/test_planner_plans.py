@@ -188,7 +188,7 @@ def test_bad_input_is_named(lengths: list[int], options: dict, match: str) -> No
 
 def test_any_degree_uses_what_powers_of_two_waste() -> None:
     spec = ClusterSpec.uniform(6, 6, 100.0, 5.0, 1000)
-    cost = CostModel(5e-9, 1.8e-4, 0.0, 0.0)
+    cost = CostModel(5e-9, 1.8e-4, 0.0, 2e6, schedules=("ulysses",))
     lengths = [3000, 3000]
     both = plan_batch(lengths, spec, cost, degrees="any")
     assert [group.degree for group in both.micro_batches[0]] == [3, 3]
