@@ -21,7 +21,7 @@ from ltrain.planner.buckets import bucketize
 from ltrain.planner.problem import Problem
 from ltrain.planner.program import solve_program
 
-_BUCKETS = 32
+_HEAD, _BUCKETS = 24, 24
 _PRECISION = 2e-3
 
 
@@ -41,8 +41,14 @@ def aggregated_partitions(
     # Somewhat later times leave room for whole sequences.
     for slack in (1.004, 1.01, 1.02, 1.04):
         suffices(bound * slack)
-    seeds = sorted(found, key=lambda counts: (found[counts], counts))
+    # Buckets counted with their longest sequence ask for groups that every one of them fits: no bound, good
+    # counts.
     ranked: dict[tuple[int, ...], None] = {}
+    for slack in (1.002, 1.006, 1.012, 1.02, 1.04):
+        counts = _counts_within(problem, bound * slack, careful=True)
+        if counts is not None:
+            ranked[fill_up(problem, counts)] = None
+    seeds = sorted(found, key=lambda counts: (found[counts], counts))
     for seed in seeds:
         filled = fill_up(problem, seed)
         ranked[filled] = None
@@ -52,38 +58,52 @@ def aggregated_partitions(
     return bound, np.array(list(ranked), dtype=np.int64).reshape(len(ranked), len(problem.kinds))
 
 
+def _buckets(problem: Problem) -> list[np.ndarray]:
+    """The longest sequences each on its own, for they decide which groups there must be; the others in
+    buckets."""
+    head = min(_HEAD + len(problem.lengths) // 57, len(problem.lengths))
+    singles = [np.array([i]) for i in range(head)]
+    if head == len(problem.lengths):
+        return singles
+    rest = bucketize(problem.lengths[head:], _BUCKETS + len(problem.lengths) // 256)
+    return singles + [members + head for members in rest.members[::-1]]
+
+
 def aggregated_bound(problem: Problem, low: float, precision: float = 5e-4) -> float:
     """The bound alone; at least `low`, which must be a bound itself."""
     return least_time(lambda time: _counts_within(problem, time) is not None, low, precision)
 
 
-def _counts_within(problem: Problem, time: float) -> tuple[int, ...] | None:
+def _counts_within(problem: Problem, time: float, careful: bool = False) -> tuple[int, ...] | None:
     """Group counts with which the relaxation finishes within `time`, using the fewest devices; None if none
-    do."""
-    buckets = bucketize(problem.lengths, _BUCKETS)
-    # The shortest sequence of a bucket stands for all: positions are descending in length.
-    stand = np.array([members[-1] for members in buckets.members])
-    length, size = problem.lengths[stand], buckets.counts
-    low = (
-        problem.low[stand]
-        if problem.falling
-        else np.array([problem.low[m].min(axis=0) for m in buckets.members])
-    )
+    do.
+
+    In a bucket the least length and times stand for all; with `careful`, the greatest length and the mean
+    times, which is no relaxation but asks for groups that every sequence fits.
+    """
+    buckets = _buckets(problem)
+    # Positions are descending in length.
+    pick = 0 if careful else -1
+    length = problem.lengths[np.array([members[pick] for members in buckets])]
+    size = np.array([len(members) for members in buckets])
+    reduce = np.mean if careful else np.min
+    low = np.stack([reduce(problem.low[members], axis=0) for members in buckets])
+    slowest = np.stack([problem.low[members].max(axis=0) for members in buckets]) if careful else low
     room = time - problem.low_fixed
-    able = (length[:, None] <= problem.capacity[None, :]) & (low <= room[None, :] * (1 + 1e-9))
+    able = (length[:, None] <= problem.capacity[None, :]) & (slowest <= room[None, :] * (1 + 1e-9))
     if not able.any(axis=1).all():
         return None
     model = pulp.LpProblem("counts", pulp.LpMinimize)
     most = [min(int(s // u) for s, u in zip(problem.sizes, use, strict=True) if u) for use in problem.use]
     kinds = range(len(problem.kinds))
     n = [pulp.LpVariable(f"n{k}", 0, most[k], pulp.LpInteger) for k in kinds]
-    x = {(q, k): pulp.LpVariable(f"x{q}_{k}", 0) for q in range(len(stand)) for k in kinds if able[q, k]}
+    x = {(q, k): pulp.LpVariable(f"x{q}_{k}", 0) for q in range(len(size)) for k in kinds if able[q, k]}
     devices = problem.use.sum(axis=1)
     model += pulp.lpSum(int(devices[k]) * n[k] for k in kinds)
-    for q in range(len(stand)):
+    for q in range(len(size)):
         model += pulp.lpSum(x[q, k] for k in kinds if able[q, k]) == int(size[q])
     for k in kinds:
-        inside = [q for q in range(len(stand)) if able[q, k]]
+        inside = [q for q in range(len(size)) if able[q, k]]
         if inside:
             scale = 1.0 / float(room[k])
             model += pulp.lpSum(float(low[q, k]) * scale * x[q, k] for q in inside) <= n[k]
@@ -96,9 +116,9 @@ def _counts_within(problem: Problem, time: float) -> tuple[int, ...] | None:
                     )
     for i, total in enumerate(problem.sizes):
         model += pulp.lpSum(int(problem.use[k, i]) * n[k] for k in kinds) <= int(total)
-    if problem.falling:
+    if problem.falling and not careful:
         at_least = np.searchsorted(-problem.lengths, -length, side="right")
-        for q in range(len(stand)):
+        for q in range(len(size)):
             hold = np.minimum(problem.capacity // length[q], np.floor(room / low[q] * (1 + 1e-9)))
             model += pulp.lpSum(int(max(hold[k], 0)) * n[k] for k in kinds) >= int(at_least[q])
     outcome = solve_program(model, None, 1e-3)
