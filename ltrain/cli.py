@@ -1,10 +1,13 @@
-"""The `ltrain` command: every subcommand checks its input first and exits with 2, and a line a fault, if it is wrong."""
+"""The `ltrain` command: every subcommand checks its input first and exits with 2, and a line a fault, if it
+is wrong.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +86,13 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     args, rest = parser().parse_known_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    # mcore and torch tell at import what is optional and at run time what they will rename; none of it is for
+    # users.
+    for module in ("megatron", "torch"):
+        warnings.filterwarnings("ignore", module=rf"{module}\.")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("ltrain").setLevel(logging.INFO)
     try:
         return int(args.run(args, rest))
     except ConfigError as error:

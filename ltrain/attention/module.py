@@ -7,26 +7,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ltrain.attention.context import AttentionContext
 from ltrain.attention.context_parallel import context_parallel_attention
-from ltrain.attention.patterns import Pattern
 from ltrain.attention.rope import Rope, apply_rope
-from ltrain.attention.select import select_distributed
+from ltrain_kernels.block_sparse import closed
 
 # T tokens, B batch, N query heads, K kv heads, D head dim, all of this rank.
 
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What every layer's attention shares: rotary embedding, pattern, exchange schedule, kernel backend."""
+    """What every layer's attention shares. `windows` holds one sliding window, or None, for each layer."""
 
     rope: Rope
-    pattern: Pattern
+    windows: tuple[int | None, ...]
     schedule: str = "auto"
-    backend: str = "auto"
     tensor_rank: int = 0
 
 
@@ -79,6 +76,7 @@ class CoreAttention(nn.Module):
             group=context.group,
             index=index,
             doc_ids=context.doc_ids,
+            window=self.settings.windows[self.layer],
             schedule=self.settings.schedule,
             scale=self.scale,
             node_size=context.node_size,
@@ -86,30 +84,6 @@ class CoreAttention(nn.Module):
         return out.transpose(0, 1).flatten(2)
 
     def _index(self, q: Tensor, k: Tensor, context: AttentionContext) -> Any:
-        pattern = self.settings.pattern
-        assert context.layout is not None
-        heads = {"num_heads": q.shape[2], "num_kv_heads": k.shape[2]}
-        offset = self.settings.tensor_rank * k.shape[2]
-        if pattern.static:
-            return context.cached(
-                ("index", pattern.layer_key(self.layer)),
-                lambda: pattern.index(
-                    num_tokens=context.layout.num_tokens,
-                    doc_ids=context.doc_ids,
-                    layer=self.layer,
-                    block=context.layout.block,
-                    kv_head_offset=offset,
-                    **heads,
-                ),
-            )
-        with torch.no_grad():
-            return select_distributed(
-                pattern,
-                q.detach(),
-                k.detach(),
-                layout=context.layout,
-                group=context.group,
-                doc_ids=context.doc_ids,
-                layer=self.layer,
-                kv_head_offset=offset,
-            )
+        layout = context.layout
+        assert layout is not None
+        return context.cached("dense", lambda: closed.dense(layout.num_tokens, layout.block))

@@ -15,6 +15,8 @@ class RunSection(Section):
     """Name of the run; its files go to `output/name`."""
     output: Path = Path("outputs")
     """Folder that holds the runs."""
+    stop_marker: Path | None = None
+    """File to leave behind, with the step, when the run stops on request: launchers requeue by it."""
     seed: NonNegativeInt = 1
     """Seed of the weights that are new, of the data order and of every random choice."""
 

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ltrain.config.parallel import ContextSection
 from ltrain.data.rows import IGNORE, Row
 from ltrain.parallel.mesh import Mesh
+from ltrain.train.assignment import Assignment
 from ltrain.train.batch import MicroBatch
 from ltrain.train.step import run_model
 
@@ -53,7 +53,7 @@ class Evaluation:
 
 
 def evaluate(
-    ddp: Any, mesh: Mesh, rows: Sequence[Row], context: ContextSection, ends: tuple[int, ...], assignment: Any
+    ddp: Any, mesh: Mesh, rows: Sequence[Row], ends: tuple[int, ...], assignment: Assignment
 ) -> Evaluation:
     """Run the rows forward, dealt over the data axis, and bucket every target's loss by its position.
 

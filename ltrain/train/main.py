@@ -17,10 +17,11 @@ from ltrain.config.base import ConfigError
 from ltrain.config.schema import RunConfig
 from ltrain.parallel import seam
 from ltrain.parallel.mesh import init_process_group
-from ltrain.train.build import build_run, check_run
+from ltrain.train.build import build_run
 from ltrain.train.checkpoint.folder import CheckpointError
 from ltrain.train.checkpoint.manager import CheckpointManager
-from ltrain.train.run import Run, model_fingerprint, write_config
+from ltrain.train.plan import check_run, write_config
+from ltrain.train.run import Run, model_fingerprint
 from ltrain.train.signals import die_with_parent
 from ltrain.train.trainer import NonFinite, Trainer
 
@@ -33,8 +34,8 @@ EXIT_RESOURCES = 4
 def train(config: RunConfig) -> int:
     """Run a training job, or this process's rank of it. Returns the exit code.
 
-    0 done; 2 the input is wrong; 3 no usable checkpoint; 4 out of a resource, or training diverged; 75 stopped on
-    request. Input is checked before a process group starts.
+    0 done; 2 the input is wrong; 3 no usable checkpoint; 4 out of a resource, or training diverged; 75
+    stopped on request. Input is checked before a process group starts.
     """
     die_with_parent()
     check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -49,7 +50,8 @@ def train(config: RunConfig) -> int:
         log.error("%s", error)
         return EXIT_CHECKPOINT if isinstance(error, CheckpointError) else EXIT_RESOURCES
     except torch.OutOfMemoryError as error:
-        log.error("rank %d: out of device memory (%s). %s", dist.get_rank(), str(error).splitlines()[0], _LEVERS)
+        reason = str(error).splitlines()[0]
+        log.error("rank %d: out of device memory (%s). %s", dist.get_rank(), reason, _LEVERS)
         return EXIT_RESOURCES
     except RuntimeError as error:
         if "can't allocate memory" in str(error):
@@ -64,8 +66,8 @@ def train(config: RunConfig) -> int:
 
 
 _LEVERS = (
-    "In this order: a higher memory.level, a larger parallel.context.degree, a smaller train.loss_chunk_tokens, "
-    "optimizer.kind=cpu_adam."
+    "In this order: a higher memory.level, a larger parallel.context.degree, a smaller "
+    "train.loss_chunk_tokens, optimizer.kind=cpu_adam."
 )
 
 
@@ -93,7 +95,9 @@ def restore(config: RunConfig, run: Run) -> None:
     reader = run.checkpoints.open_newest() if config.checkpoint.resume else None
     if reader is not None:
         if reader.state["fingerprint"] != model_fingerprint(run.spec):
-            raise ConfigError("run.name", config.run.name, "has checkpoints of another model", "choose another name")
+            raise ConfigError(
+                "run.name", config.run.name, "has checkpoints of another model", "choose another name"
+            )
         run.restore(reader)
         log.info("continuing at step %d", run.step)
     elif config.checkpoint.init_from is not None:
@@ -111,7 +115,7 @@ def export_run(run: Run, folder: Path) -> None:
     """Write the model as a Hugging Face folder with its new context; collective."""
     from ltrain.model.weights import export_model
 
-    export_model(run.model, run.spec, run.mesh, folder, tokenizer=run.sources.get("tokenizer"))
+    export_model(run.model, run.spec, run.mesh, folder, tokenizer=run.tokenizer)
 
 
 def export(config: RunConfig, out: Path | None, step: int | None) -> int:

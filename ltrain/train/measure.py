@@ -16,7 +16,7 @@ from ltrain.metrics.console import make_console
 from ltrain.metrics.names import METRICS
 from ltrain.metrics.sinks import Fanout, JsonLines, TensorBoard, WandB
 from ltrain.metrics.timers import Timers
-from ltrain.model.flops import model_flops
+from ltrain.model.flops import step_flops
 from ltrain.train.batch import MicroBatch
 from ltrain.train.evaluate import Evaluation
 from ltrain.train.optimizer import OptimizerStep
@@ -87,8 +87,8 @@ class Measure:
         metrics.pop("balance/compute", None)
         world = run.mesh.world_size
         lengths = [n for row in data.rows for n in row.document_lengths]
-        flops = model_flops(run.spec, lengths)
-        tflops = flops / seconds / world / 1e12
+        flops = step_flops(run.spec, lengths)
+        tflops = flops.model / seconds / world / 1e12
         metrics |= {
             "train/loss": result.loss,
             "train/ppl": math.exp(min(result.loss, 80.0)),
@@ -101,6 +101,7 @@ class Measure:
             "perf/tokens_per_s": config.train.tokens_per_step / seconds,
             "perf/tokens_per_s_per_gpu": config.train.tokens_per_step / seconds / world,
             "perf/tflops_per_gpu": tflops,
+            "perf/tflops_executed_per_gpu": flops.executed / seconds / world / 1e12,
             "balance/compute_max_over_mean": compute[0] / compute[1] if compute[1] else 1.0,
             **data.stats,
         }

@@ -8,17 +8,17 @@ import logging
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Loader
 from ltrain.data.rows import Row
+from ltrain.data.tokenizer import Tokenizer
 from ltrain.metrics import devices
 from ltrain.model.language_model import LanguageModel
 from ltrain.model.spec import ModelSpec
@@ -57,11 +57,11 @@ class Run:
     buckets: tuple[int, ...]
     assignment: Assignment
     checkpoints: CheckpointManager
+    tokenizer: Tokenizer
     step: int = 0
     tokens: int = 0
     skipped_steps: int = 0
     rollbacks: int = 0
-    sources: dict[str, Any] = field(default_factory=dict)
 
     def layout(self) -> dict[str, int]:
         """The degrees that decide which rank holds what."""
@@ -108,6 +108,23 @@ class Run:
         """Take only the parameters of another run's checkpoint."""
         found = list(pieces(self.model, self.optimizer, self.mesh))
         restore_pieces(reader, found, fresh_optimizer=True)
+
+    def banner(self) -> list[str]:
+        """What is about to run, for the log."""
+        config, spec = self.config, self.spec
+        train, context = config.train, config.parallel.context
+        micro = train.tokens_per_step // train.seq_len // self.mesh.data.size
+        return [
+            f"run {config.run.name} in {self.folder}",
+            f"model {spec.family}, {spec.num_parameters / 1e6:,.1f} M parameters, {train.dtype}, "
+            f"rope {config.rope.kind} at {train.seq_len} tokens",
+            f"mesh {self.mesh.describe()} on {self.mesh.device.type}",
+            f"context parallelism: {context.schedule} exchange, {context.layout} layout, "
+            f"blocks of {context.block}",
+            f"{train.tokens_per_step} tokens a step = {train.seq_len} tokens a row x {micro} micro-batches x "
+            f"{self.mesh.data.size} data-parallel ranks",
+            f"steps {self.step} to {train.steps}, {len(self.held_out)} held-out rows",
+        ]
 
     def environment(self) -> dict[str, Any]:
         """Facts that a run is reproduced from: code, versions, devices, command."""
@@ -157,12 +174,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+dirty" if changes.strip() else "")
-
-
-def write_config(config: RunConfig, folder: Path) -> None:
-    """Write the resolved configuration of the run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    temporary = folder / "config.yaml.tmp"
-    temporary.write_text(text)
-    temporary.replace(folder / "config.yaml")

@@ -7,7 +7,6 @@ import math
 import statistics
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -117,7 +116,9 @@ class Trainer:
         run = self.run
         self.save(wait=True)
         if dist.get_rank() == 0:
-            (Path(run.folder) / "PREEMPTED").write_text(f"{run.step}\n")
+            for marker in (run.folder / "PREEMPTED", self.config.run.stop_marker):
+                if marker is not None:
+                    marker.write_text(f"{run.step}\n")
             log.info("stopped at step %d (%s); the same command continues it", run.step, reason)
         return EXIT_STOPPED
 
@@ -128,8 +129,9 @@ class Trainer:
             run.skipped_steps += 1
             self._nonfinite_in_a_row += 1
             if self._nonfinite_in_a_row >= train.nonfinite_limit:
+                count = self._nonfinite_in_a_row
                 raise NonFinite(
-                    f"the gradient was not finite in {self._nonfinite_in_a_row} steps in a row, up to step {run.step}"
+                    f"the gradient was not finite in {count} steps in a row, up to step {run.step}"
                 )
             return
         self._nonfinite_in_a_row = 0

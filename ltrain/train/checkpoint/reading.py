@@ -71,10 +71,11 @@ class CheckpointReader:
         """Tensors that only make sense on the same layout: random states, synchronisation buffers."""
         file = self._files[f"rank-{rank:05d}.safetensors"]
         start = f"private/{prefix}"
-        return {key.removeprefix(start): file.get_tensor(key) for key in file.keys() if key.startswith(start)}
+        keys = [key for key in list(file.keys()) if key.startswith(start)]
+        return {key.removeprefix(start): file.get_tensor(key) for key in keys}
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """A whole global tensor on the host. Raises CheckpointError on a gap or a tensor that is not there."""
+        """A whole global tensor on the host. Raises CheckpointError on a gap or a missing tensor."""
         stored = self._places.get((kind, name))
         if not stored:
             raise CheckpointError(f"{self.folder.name} holds no {kind} of {name}")
