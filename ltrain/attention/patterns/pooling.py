@@ -64,7 +64,7 @@ def keep_top_k(scores: Tensor, forced: list[int], top_k: int) -> Tensor:
     kept[..., forced] = True
     more = min(top_k, scores.shape[-1]) - len(forced)
     if more > 0:
-        order = scores.masked_fill(kept, -torch.inf).sort(-1, descending=True, stable=True).indices
+        order = scores.masked_fill(kept, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
         kept.scatter_(-1, order[..., :more], True)
     return kept
 
@@ -78,6 +78,6 @@ def keep_share(scores: Tensor, forced: list[int], share: float) -> Tensor:
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept[..., forced] = True
     need = share * wide.sum(-1, keepdim=True) - (wide * kept).sum(-1, keepdim=True)
-    ranked, order = wide.masked_fill(kept, 0).sort(-1, descending=True, stable=True)
+    ranked, order = wide.masked_fill(kept, 0).sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1) - ranked
     return kept.scatter(-1, order, kept.gather(-1, order) | ((before < need) & (ranked > 0)))
