@@ -36,8 +36,9 @@ def run_means(x: Tensor, place: Place, documents: list[Documents], run: int, *, 
 
     Each block is reduced by itself, so the result does not depend on which other blocks the rank holds.
     """
-    valid = valid_tokens(documents, place.blocks, keys=keys).to(x.device).unflatten(2, (-1, run))
-    cut = in_blocks(x, place).unflatten(2, (-1, run)).float()
+    runs = place.block // run
+    valid = valid_tokens(documents, place.blocks, keys=keys).to(x.device).unflatten(2, (runs, run))
+    cut = in_blocks(x, place).unflatten(2, (runs, run)).float()
     weight = valid[..., None, None].float()
     mean = (cut * weight).sum(3) / weight.sum(3).clamp(min=1)
     return mean.transpose(0, 1).contiguous()
@@ -46,7 +47,8 @@ def run_means(x: Tensor, place: Place, documents: list[Documents], run: int, *, 
 def run_exists(documents: list[Documents], run: int, *, keys: bool) -> Tensor:
     """Whether each run of each block has a valid token, bool [N, 1 or B, block / run], on the CPU."""
     blocks = np.arange(documents[0].num_blocks)
-    return valid_tokens(documents, blocks, keys=keys).unflatten(2, (-1, run)).any(-1).transpose(0, 1)
+    runs = documents[0].block // run
+    return valid_tokens(documents, blocks, keys=keys).unflatten(2, (runs, run)).any(-1).transpose(0, 1)
 
 
 def forced_columns(row: int, docs: Documents, sinks: int, local: int) -> list[int]:

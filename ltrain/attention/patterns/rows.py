@@ -67,7 +67,8 @@ def ranges(documents: list[Documents], pieces: Sequence[tuple[np.ndarray, np.nda
 
 def pack_bits(mask: Tensor) -> Tensor:
     """Eight booleans of the last dim to a byte: bool [..., n] -> uint8 [..., ceil(n / 8)]."""
-    padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).view(*mask.shape[:-1], -1, 8)
+    num_bytes = -(-mask.shape[-1] // 8)
+    padded = torch.nn.functional.pad(mask, (0, 8 * num_bytes - mask.shape[-1])).unflatten(-1, (num_bytes, 8))
     weight = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
     return (padded.to(torch.uint8) * weight).sum(-1, dtype=torch.uint8)
 

@@ -19,7 +19,7 @@ from ltrain.attention.patterns.base import Capabilities, DynamicPattern, Selecti
 from ltrain.attention.patterns.documents import Documents, documents_of
 from ltrain.attention.patterns.exchange import Gather, Place, Steps, alone
 from ltrain.attention.patterns.kinds.sliding_window import SlidingWindow
-from ltrain.attention.patterns.pooling import forced_columns, in_blocks, keep_top_k, valid_tokens
+from ltrain.attention.patterns.pooling import forced_columns, in_blocks, keep_top_k, run_exists, valid_tokens
 from ltrain.attention.patterns.rows import from_bits, pack_bits
 from ltrain.attention.patterns.verticals import NEVER
 from ltrain.config.base import ConfigError
@@ -48,9 +48,9 @@ class Nsa(NsaFields, DynamicPattern):
         if shape.block % self.compress:
             raise ConfigError("attention.pattern.compress", self.compress, f"must divide the block of {shape.block} tokens")
         docs = shape.documents
-        keys, exists = module.compressed(k, module.key_weight, place, docs)
-        keys = yield Gather(keys.detach().transpose(0, 1).contiguous(), place.block_owner)
-        exists = yield Gather(exists.expand(q.shape[0], -1, -1).transpose(0, 1).contiguous(), place.block_owner)
+        keys = module.compressed(k, module.key_weight, place, docs).detach()
+        keys = yield Gather(keys.transpose(0, 1).contiguous(), place.block_owner)
+        exists = run_exists(docs, self.compress, keys=True).to(q.device)
         group = shape.num_heads // shape.num_kv_heads
         queries = in_blocks(q, place).float() * q.shape[-1] ** -0.5
         valid = valid_tokens(docs, place.blocks, keys=False).to(q.device)
@@ -62,7 +62,7 @@ class Nsa(NsaFields, DynamicPattern):
                 low = int(own.low[row])
                 asked = queries[b, i].unflatten(1, (heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
                 counted = valid[b if len(valid) > 1 else 0, i].repeat(group)
-                score = _importance(asked, counted, keys[low:row, b], exists[low:row, b])
+                score = _importance(asked, counted, keys[low:row, b], exists[low:row, b if len(docs) > 1 else 0])
                 forced = [c - low for c in forced_columns(row, own, self.sink_blocks, self.local_blocks)]
                 rows[i, b, :, low : row + 1] = keep_top_k(score, forced, self.top_k)
         packed = yield Gather(pack_bits(rows.flatten(1, 2)), place.block_owner)
@@ -88,16 +88,15 @@ class NsaBranches(nn.Module):
         self.value_weight = nn.Parameter(torch.zeros(num_kv_heads, pattern.compress))
         self.gate_weight = nn.Parameter(torch.zeros(num_heads, head_dim, 3))
 
-    def compressed(self, x: Tensor, weight: Tensor, place: Place, documents: list[Documents]) -> tuple[Tensor, Tensor]:
-        """Weighted means over runs of `compress` tokens: [B, n, runs, Hkv, D] in x's dtype, and which runs have any
-        token of their block's last document, bool [1 or B, n, runs].
-        """
+    def compressed(self, x: Tensor, weight: Tensor, place: Place, documents: list[Documents]) -> Tensor:
+        """Weighted means over runs of `compress` tokens of a block's last document: [B, n, runs, Hkv, D], x's dtype."""
         run = self.pattern.compress
-        valid = valid_tokens(documents, place.blocks, keys=True).to(x.device).unflatten(2, (-1, run))
+        runs = place.block // run
+        valid = valid_tokens(documents, place.blocks, keys=True).to(x.device).unflatten(2, (runs, run))
         share = weight.float().softmax(-1).T * valid[..., None]
         share = share / share.sum(3, keepdim=True).clamp(min=1e-20)
-        cut = in_blocks(x, place).unflatten(2, (-1, run)).float()
-        return (cut * share[..., None]).sum(3).to(x.dtype), valid.any(-1)
+        cut = in_blocks(x, place).unflatten(2, (runs, run)).float()
+        return (cut * share[..., None]).sum(3).to(x.dtype)
 
     def forward(
         self,
@@ -129,8 +128,8 @@ class NsaBranches(nn.Module):
             num_tokens=num_tokens, num_kv_heads=k.shape[2], num_heads=q.shape[2], block=block, doc_ids=doc_ids, device=q.device
         )
         selected, near = attend(q, k, v, index), attend(q, k, v, window)
-        keys, _ = self.compressed(k, self.key_weight, place, documents)
-        values, _ = self.compressed(v, self.value_weight, place, documents)
+        keys = self.compressed(k, self.key_weight, place, documents)
+        values = self.compressed(v, self.value_weight, place, documents)
         if gather is not None:
             keys, values = gather(keys), gather(values)
         key_pos, key_doc = self._compressed_tokens(documents, doc_ids, q.device)
@@ -148,7 +147,7 @@ class NsaBranches(nn.Module):
         """Position (its last token; after everything where the run is empty) and document of every compressed key."""
         docs, run = documents[0], self.pattern.compress
         blocks = np.arange(docs.num_blocks)
-        runs = valid_tokens(documents, blocks, keys=True).unflatten(2, (-1, run)).any(-1).flatten(1)
+        runs = run_exists(documents, run, keys=True).transpose(0, 1).flatten(1)
         last = torch.arange(1, runs.shape[1] + 1) * run - 1
         position = torch.where(runs, last, NEVER).to(device, torch.int32)
         if doc_ids is None:
