@@ -1,8 +1,9 @@
 """Finding a pattern's index on the ranks that share a sequence: the same index on any number of ranks.
 
-The search is the pattern's own (`Pattern.steps`); here its requests are answered by collectives on one group. Only
-watched queries, pooled keys, sums and choices travel, never keys as such; rows and heads are finished by the rank
-that holds or was dealt them, and every rank builds its index from the same gathered bits.
+The search is the pattern's own (`Pattern.steps`); here its requests are answered by collectives on one
+group. Only watched queries, pooled keys, sums and choices travel, never keys as such; rows and heads are
+finished by the rank that holds or was dealt them, and every rank builds its index from the same gathered
+bits.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ def select_distributed(
     total_kv_heads: int | None = None,
     module: nn.Module | None = None,
 ) -> Selection:
-    """The pattern's selection over the whole sequence in document order, equal on all ranks and to one process's.
+    """The pattern's selection over the whole sequence in document order, equal on all ranks and to one
+    process's.
 
-    q [B, T_local, Hq, D] and k [B, T_local, Hkv, D] after rotary embedding: the tokens `layout.positions(rank)`, rank
-    counted in `group`. doc_ids: int [T] or [B, T], the whole sequence. Static patterns and dense layers communicate
-    nothing. `.as_index()` of the result is a BlockIndex for `context_parallel_attention`. Raises ConfigError on shapes
-    that do not fit the layout.
+    q [B, T_local, Hq, D] and k [B, T_local, Hkv, D] after rotary embedding: the tokens
+    `layout.positions(rank)`, rank counted in `group`. doc_ids: int [T] or [B, T], the whole sequence.
+    Static patterns and dense layers communicate nothing. `.as_index()` of the result is a BlockIndex for
+    `context_parallel_attention`. Raises ConfigError on shapes that do not fit the layout.
     """
     world_size = dist.get_world_size(group) if dist.is_initialized() else 1
     rank = dist.get_rank(group) if dist.is_initialized() else 0
@@ -96,12 +98,16 @@ def _gather(request: Gather, group: Group, world_size: int) -> Tensor:
     received = rows.new_empty(world_size, longest, *rows.shape[1:])
     # Bits are sent as bytes where the backend has no such type.
     dist.all_gather_into_tensor(_plain(received.flatten(0, 1)), _plain(sent), group=group)
-    slot = torch.from_numpy(request.owner * longest + _place_in_rank(request.owner, world_size)).to(rows.device)
+    slot = torch.from_numpy(request.owner * longest + _place_in_rank(request.owner, world_size)).to(
+        rows.device
+    )
     return received.flatten(0, 1).index_select(0, slot)
 
 
 def _deal(request: Deal, group: Group, world_size: int, rank: int) -> Tensor:
-    """All-to-all: items [items, own rows, ...] to the ranks they are dealt to, their rows in the order of `owner`."""
+    """All-to-all: items [items, own rows, ...] to the ranks they are dealt to, their rows in the order of
+    `owner`.
+    """
     rows, dealt = request.rows, request.dealt
     counts = np.bincount(request.owner, minlength=world_size)
     items = np.bincount(dealt, minlength=world_size)

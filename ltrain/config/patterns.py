@@ -1,7 +1,7 @@
 """Which keys a query attends: one section a pattern, chosen by `attention.pattern.kind`.
 
-Token counts are rounded up to whole blocks of `parallel.context.block` tokens, so a pattern keeps at least what its
-fields say. What each one computes stands beside its class in `ltrain/attention/patterns/kinds`.
+Token counts are rounded up to whole blocks of `parallel.context.block` tokens, so a pattern keeps at least
+what its fields say. What each one computes stands beside its class in `ltrain/attention/patterns/kinds`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class PatternFields(Section):
     @model_validator(mode="after")
     def _distinct(self) -> PatternFields:
         if len(set(self.dense_layers)) != len(self.dense_layers):
-            raise ConfigError("dense_layers", self.dense_layers, "must not name a layer twice", "drop repeats")
+            raise ConfigError(
+                "dense_layers", self.dense_layers, "must not name a layer twice", "drop repeats"
+            )
         return self
 
 
@@ -74,10 +76,12 @@ class LongGenFields(PatternFields):
 
 
 class VerticalSlashFields(PatternFields):
-    """Per head: block diagonals and single keys, found from a window of queries (arXiv 2510.18830, 2407.02490)."""
+    """Per head: block diagonals and single keys, found from a window of queries (arXiv 2510.18830,
+    2407.02490).
+    """
 
     kind: Literal["vertical_slash"] = "vertical_slash"
-    observed: PositiveInt = 64
+    observed: Annotated[int, Field(ge=8)] = 64
     """Queries of an observation window."""
     anchors: PositiveInt = 1
     """Observation windows of a document, at the ends of equal parts of it."""
@@ -88,7 +92,9 @@ class VerticalSlashFields(PatternFields):
     max_verticals: PositiveInt = 1024
     """Most verticals of a head and document, sinks aside."""
     max_slashes: PositiveInt = 64
-    """Most slashes of a head and document; each is a block of distances wide and costs up to two block diagonals."""
+    """Most slashes of a head and document; each is a block of distances wide and costs up to two block
+    diagonals.
+    """
     window: PositiveInt = 256
     """Nearest tokens that are always kept."""
     sinks: NonNegativeInt = 16
@@ -108,8 +114,9 @@ class XAttentionFields(PatternFields):
     stride: PositiveInt = 16
     """Side of the tiles whose antidiagonal is summed: a power of two that divides the block."""
     pool: PositiveInt = 4
-    """Neighbouring tokens averaged before the antidiagonal is taken: 1 is the published score, more is cheaper and
-    sends that much less of the keys between ranks."""
+    """Neighbouring tokens averaged before the antidiagonal is taken: 1 is the published score, more is
+    cheaper and sends that much less of the keys between ranks.
+    """
     threshold: Fraction = 0.9
     """Share of every row's estimated attention that the chosen blocks reach."""
     heads: HeadAxis = "kv"

@@ -9,7 +9,9 @@ from ltrain.attention.patterns.exchange import Deal, Place
 
 
 def run_lockstep(searches, counter=None):
-    """Drive one generator a rank to its end; returns their results. `counter` collects (kind, elements sent)."""
+    """Drive one generator a rank to its end; returns their results. `counter` collects (kind, elements
+    sent).
+    """
     requests = [next(search) for search in searches]
     while True:
         if counter is not None:
@@ -43,4 +45,6 @@ def _answer(requests, rank):
 
 
 def places(layout):
-    return [Place(rank, layout.world_size, layout.block_owner, layout.block) for rank in range(layout.world_size)]
+    return [
+        Place(rank, layout.world_size, layout.block_owner, layout.block) for rank in range(layout.world_size)
+    ]

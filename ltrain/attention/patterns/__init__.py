@@ -1,7 +1,9 @@
-"""Patterns of attention: what each query attends, as a `BlockIndex` over the whole sequence in document order.
+"""Patterns of attention: what each query attends, as a `BlockIndex` over the whole sequence in document
+order.
 
-`patterns.sliding_window(window=4096, sinks=64).index(num_tokens=..., num_kv_heads=...)`; `from_config` makes one from
-its configuration section. One pattern a file in `kinds/`; the common protocol is in `base.py`.
+`patterns.sliding_window(window=4096, sinks=64).index(num_tokens=..., num_kv_heads=...)`; `from_config`
+makes one from its configuration section. One pattern a file in `kinds/`; the common protocol is in
+`base.py`.
 """
 
 from __future__ import annotations
@@ -30,10 +32,14 @@ KINDS: dict[str, type[Pattern]] = {
 
 
 def from_config(config: PatternFields) -> Pattern:
-    """The pattern of a configuration section (`attention.pattern`). Raises ConfigError on a section of another kind."""
+    """The pattern of a configuration section (`attention.pattern`). Raises ConfigError on a section of
+    another kind.
+    """
     kind = KINDS.get(getattr(config, "kind", ""))
     if kind is None or not isinstance(config, BaseModel):
-        raise ConfigError("attention.pattern.kind", getattr(config, "kind", None), f"must be one of {', '.join(KINDS)}")
+        raise ConfigError(
+            "attention.pattern.kind", getattr(config, "kind", None), f"must be one of {', '.join(KINDS)}"
+        )
     return kind(**{name: getattr(config, name) for name in type(config).model_fields})
 
 

@@ -1,9 +1,10 @@
-"""What a pattern is: from a sequence (and, for some, its queries and keys) to a `BlockIndex` of the whole of it.
+"""What a pattern is: from a sequence (and, for some, its queries and keys) to a `BlockIndex` of the whole
+of it.
 
-B batch, T tokens, Hq query heads, Hkv key/value heads, D head size. A pattern is a frozen value. *Static* patterns
-know their index from the shape; *dynamic* ones find it from q and k, by a generator of three kinds of step that also
-runs on the ranks of a context-parallel group (`steps`): statistics of the own shard, a reduction described as data
-(exchange.py), and the finishing of the rows or heads dealt to this rank.
+B batch, T tokens, Hq query heads, Hkv key/value heads, D head size. A pattern is a frozen value. *Static*
+patterns know their index from the shape; *dynamic* ones find it from q and k, by a generator of three kinds
+of step that also runs on the ranks of a context-parallel group (`steps`): statistics of the own shard, a
+reduction described as data (exchange.py), and the finishing of the rows or heads dealt to this rank.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from ltrain_kernels.block_sparse import dense as dense_index
 class Capabilities:
     """What a pattern serves; the support table in the documentation is made from it.
 
-    `head_axis`: heads of the index, "1", "Hkv" or "Hkv, Hq". `collectives`: exchanges of a search on several ranks.
+    `head_axis`: heads of the index, "1", "Hkv" or "Hkv, Hq". `collectives`: exchanges of a search on
+    several ranks.
     """
 
     documents: bool
@@ -44,7 +46,9 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Shape:
-    """What an index is built for. Heads are this process's; `total_kv_heads` counts those of the whole model."""
+    """What an index is built for. Heads are this process's; `total_kv_heads` counts those of the whole
+    model.
+    """
 
     num_tokens: int
     num_heads: int
@@ -75,8 +79,9 @@ class Selection:
 class Pattern(PatternFields, ABC):
     """A pattern of attention; subclasses also inherit their configuration section.
 
-    Its index covers the whole sequence in document order, in blocks of `block` tokens, and always holds the diagonal.
-    Everything is per document: blocks without a common document are dropped where documents are given.
+    Its index covers the whole sequence in document order, in blocks of `block` tokens, and always holds the
+    diagonal. Everything is per document: blocks without a common document are dropped where documents are
+    given.
     """
 
     static: ClassVar[bool] = True
@@ -114,12 +119,13 @@ class Pattern(PatternFields, ABC):
         module: nn.Module | None = None,
         device: torch.device | str | None = None,
     ) -> BlockIndex:
-        """The blocks to attend, over the whole sequence in document order; a constant, to be saved and used again.
+        """The blocks to attend, over the whole sequence in document order; a constant, to be saved and used
+        again.
 
         num_heads, num_kv_heads: heads of this process; `kv_head_offset` is the global id of the first, and
-        `total_kv_heads` counts the whole model's (needed with an offset). q [B, T, Hq, D] and k [B, T, Hkv, D], after
-        rotary embedding, are for dynamic patterns; `module` is the learned part of those that have one. doc_ids: int
-        [T] or [B, T]. Raises ConfigError on arguments that do not fit.
+        `total_kv_heads` counts the whole model's (needed with an offset). q [B, T, Hq, D] and k [B, T, Hkv,
+        D], after rotary embedding, are for dynamic patterns; `module` is the learned part of those that
+        have one. doc_ids: int [T] or [B, T]. Raises ConfigError on arguments that do not fit.
         """
         return self.select(
             num_tokens=num_tokens, num_kv_heads=num_kv_heads, num_heads=num_heads, block=block, doc_ids=doc_ids,
@@ -178,14 +184,20 @@ class Pattern(PatternFields, ABC):
             raise ConfigError("num_heads", num_heads, f"must be a multiple of num_kv_heads={num_kv_heads}")
         if total_kv_heads is None:
             if kv_head_offset:
-                raise ConfigError("total_kv_heads", None, "must be given with kv_head_offset", "pass the model's count")
+                raise ConfigError(
+                    "total_kv_heads", None, "must be given with kv_head_offset", "pass the model's count"
+                )
             total_kv_heads = num_kv_heads
         if kv_head_offset < 0 or kv_head_offset + num_kv_heads > total_kv_heads:
             raise ConfigError(
-                "kv_head_offset", kv_head_offset, f"must leave {num_kv_heads} heads below total_kv_heads={total_kv_heads}"
+                "kv_head_offset",
+                kv_head_offset,
+                f"must leave {num_kv_heads} heads below total_kv_heads={total_kv_heads}",
             )
         if layer < 0 or (num_layers is not None and layer >= num_layers):
-            raise ConfigError("layer", layer, f"must lie in 0..{'' if num_layers is None else num_layers - 1}")
+            raise ConfigError(
+                "layer", layer, f"must lie in 0..{'' if num_layers is None else num_layers - 1}"
+            )
         where = q.device if device is None and q is not None else torch.device(device or "cpu")
         return Shape(
             num_tokens, num_heads, num_kv_heads, block, documents_of(doc_ids, num_tokens, block), layer, num_layers,
@@ -203,7 +215,8 @@ class Pattern(PatternFields, ABC):
         raise NotImplementedError(f"{type(self).__name__} is found from q and k")
 
     def steps(self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None) -> Steps:
-        """The search of a dynamic pattern: q [B, T_local, Hq, D], k [B, T_local, Hkv, D] are the tokens of `place`.
+        """The search of a dynamic pattern: q [B, T_local, Hq, D], k [B, T_local, Hkv, D] are the tokens of
+        `place`.
 
         Returns (by StopIteration) the same Selection on every rank.
         """

@@ -1,8 +1,10 @@
-"""Where documents begin and end, in tokens and in blocks: all that a pattern needs to know of a packed sequence.
+"""Where documents begin and end, in tokens and in blocks: all that a pattern needs to know of a packed
+sequence.
 
-N blocks of `block` tokens, document order. Documents are contiguous, so a block is related to *earlier* blocks only
-through the document of its first token, and to *later* blocks only through the document of its last token. Hence
-every cross-block statistic of a block is taken over the tokens of that one document, and needs no mask over pairs.
+N blocks of `block` tokens, document order. Documents are contiguous, so a block is related to *earlier*
+blocks only through the document of its first token, and to *later* blocks only through the document of its
+last token. Hence every cross-block statistic of a block is taken over the tokens of that one document, and
+needs no mask over pairs.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ class Documents:
 
     @cached_property
     def query_run(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token range (from, to) inside every block of its first document: the queries that see earlier blocks."""
+        """Token range (from, to) inside every block of its first document: the queries that see earlier
+        blocks.
+        """
         first, end = self._edges
         return first, np.minimum(end, self.ends[self.of_first])
 
@@ -108,16 +112,21 @@ class Documents:
 def documents_of(doc_ids: Tensor | None, num_tokens: int, block: int) -> list[Documents]:
     """The documents of each sequence of a batch; one entry for all where `doc_ids` is None or [T].
 
-    doc_ids: integer [T] or [B, T], document order, equal inside a document. Raises ConfigError on another shape or
-    dtype, and where a document's tokens are not contiguous.
+    doc_ids: integer [T] or [B, T], document order, equal inside a document. Raises ConfigError on another
+    shape or dtype, and where a document's tokens are not contiguous.
     """
     if block < 1 or num_tokens < 0:
-        raise ConfigError("num_tokens, block", (num_tokens, block), "must not be negative, and block at least 1")
+        raise ConfigError(
+            "num_tokens, block", (num_tokens, block), "must not be negative, and block at least 1"
+        )
     if doc_ids is None:
         return [Documents(num_tokens, block, np.zeros(1, np.int64))]
     if doc_ids.dim() not in (1, 2) or doc_ids.shape[-1] != num_tokens:
         raise ConfigError(
-            "doc_ids.shape", tuple(doc_ids.shape), f"must be [T] or [B, T] with T = {num_tokens}", "pass the whole sequence"
+            "doc_ids.shape",
+            tuple(doc_ids.shape),
+            f"must be [T] or [B, T] with T = {num_tokens}",
+            "pass the whole sequence",
         )
     if doc_ids.is_floating_point() or doc_ids.dtype == torch.bool:
         raise ConfigError("doc_ids.dtype", doc_ids.dtype, "must be an integer type")
@@ -130,13 +139,18 @@ def _one(ids: np.ndarray, num_tokens: int, block: int) -> Documents:
     if num_tokens and len(np.unique(ids[starts])) != len(starts):
         values, counts = np.unique(ids[starts], return_counts=True)
         raise ConfigError(
-            "doc_ids", int(values[counts > 1][0]), "names a document whose tokens are not contiguous", "number runs apart"
+            "doc_ids",
+            int(values[counts > 1][0]),
+            "names a document whose tokens are not contiguous",
+            "number runs apart",
         )
     return Documents(num_tokens, block, starts)
 
 
 def density(index: BlockIndex, documents: list[Documents]) -> float:
-    """Share of the visible (query, key) pairs of dense causal attention that `index` keeps, over batch and heads."""
+    """Share of the visible (query, key) pairs of dense causal attention that `index` keeps, over batch and
+    heads.
+    """
     ptr, col = index.entries()
     col_np = col.cpu().numpy().astype(np.int64)
     lists = (ptr[..., 1:] - ptr[..., :-1]).reshape(index.batch, -1).cpu().numpy()

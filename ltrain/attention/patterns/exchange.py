@@ -1,8 +1,9 @@
 """What a selection asks of the other ranks, as data, and how a single process answers.
 
-A dynamic pattern's search is a generator: it computes on its own shard, yields a request, goes on with the answer,
-and returns. The same generator runs on one process (`run_alone`) and on a group (`ltrain.attention.select`), so both
-find the same index, and the number of requests is the number of collectives.
+A dynamic pattern's search is a generator: it computes on its own shard, yields a request, goes on with the
+answer, and returns. The same generator runs on one process (`run_alone`) and on a group
+(`ltrain.attention.select`), so both find the same index, and the number of requests is the number of
+collectives.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ class Gather:
 
 @dataclass(frozen=True)
 class Deal:
-    """Items change hands: the answer [own items, len(owner), ...] holds all rows of the items dealt to this rank.
+    """Items change hands: the answer [own items, len(owner), ...] holds all rows of the items dealt to this
+    rank.
 
-    `rows` [items, number of own rows, ...]; `owner` as in `Gather`; `dealt` int [items] is the rank of each item.
+    `rows` [items, number of own rows, ...]; `owner` as in `Gather`; `dealt` int [items] is the rank of each
+    item.
     """
 
     rows: Tensor

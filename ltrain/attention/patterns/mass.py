@@ -23,8 +23,9 @@ def attention_mass(
 ) -> Tensor:
     """Share of the dense causal softmax that the selection keeps: fp32 [B, Hq], the mean over queries.
 
-    q [B, T, Hq, D], k [B, T, Hkv, D], the whole sequence in document order; doc_ids int [T] or [B, T]. `row_blocks`
-    are the blocks of queries to average over (all by default). Holds block x T logits a head at a time in fp32.
+    q [B, T, Hq, D], k [B, T, Hkv, D], the whole sequence in document order; doc_ids int [T] or [B, T].
+    `row_blocks` are the blocks of queries to average over (all by default). Holds block x T logits a head
+    at a time in fp32.
     """
     selection = selection if isinstance(selection, Selection) else Selection(selection)
     index, keys = selection.index, selection.verticals

@@ -1,8 +1,9 @@
 """Which queries `vertical_slash` watches, and what they attend: statistics of one shard of keys.
 
-G query heads of a key/value head, M queries of a window, n own key blocks. The attention of watched queries is put on
-a grid of 2^-32 before it is summed. Sums of such integers are exact in fp64, hence the same in any order, on any
-number of ranks; and the normaliser is rounded to 2^-12 so that its own order of summation cannot show.
+G query heads of a key/value head, M queries of a window, n own key blocks. The attention of watched queries
+is put on a grid of 2^-32 before it is summed. Sums of such integers are exact in fp64, hence the same in
+any order, on any number of ranks; and the normaliser is rounded to 2^-12 so that its own order of summation
+cannot show.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Window:
     rows: np.ndarray
 
 
-def windows_of(documents: list[Documents], batch: int, *, observed: int, anchors: int, dense_below: int) -> list[Window]:
+def windows_of(
+    documents: list[Documents], batch: int, *, observed: int, anchors: int, dense_below: int
+) -> list[Window]:
     """The windows of every document longer than `dense_below`, at the ends of `anchors` equal parts of it."""
     found = []
     for b in range(batch):
@@ -46,8 +49,8 @@ def windows_of(documents: list[Documents], batch: int, *, observed: int, anchors
 class Watched:
     """One window against the own key blocks `blocks` (ids), for one key/value head.
 
-    `weight` fp32 [n, G * M, block] is exp(logit - top), `top` fp32 [n, G * M] the largest visible logit of the block
-    (-inf where nothing is visible): both depend on the block alone.
+    `weight` fp32 [n, G * M, block] is exp(logit - top), `top` fp32 [n, G * M] the largest visible logit of
+    the block (-inf where nothing is visible): both depend on the block alone.
     """
 
     blocks: np.ndarray
@@ -65,7 +68,9 @@ class Watched:
         return best, (self.weight.sum(-1, dtype=torch.float64) * scale).sum(0)
 
     def probability(self, lse: Tensor) -> Tensor:
-        """Attention in units of 2^-32, integers in fp64 [n, G * M, block]; lse [G * M] as from `normaliser`."""
+        """Attention in units of 2^-32, integers in fp64 [n, G * M, block]; lse [G * M] as from
+        `normaliser`.
+        """
         return (self.weight.double() * ((self.top.double() - lse).exp() * ONE)[..., None]).round_()
 
 
@@ -79,8 +84,11 @@ def normaliser(best: Tensor, total: Tensor) -> Tensor:
     return (lse * LSE_GRID).round() / LSE_GRID
 
 
-def watch(queries: Tensor, keys: Tensor, window: Window, docs: Documents, blocks: np.ndarray, own: np.ndarray) -> Watched:
-    """Score a window: queries [M, G, D] and this rank's key blocks [own blocks, block, D] of one key/value head.
+def watch(
+    queries: Tensor, keys: Tensor, window: Window, docs: Documents, blocks: np.ndarray, own: np.ndarray
+) -> Watched:
+    """Score a window: queries [M, G, D] and this rank's key blocks [own blocks, block, D] of one key/value
+    head.
 
     `own` are the ids of all the rank's blocks, `blocks` those of them that the window sees.
     """
@@ -104,7 +112,9 @@ def visible_blocks(window: Window, docs: Documents, own: np.ndarray) -> np.ndarr
 
 
 def not_always_kept(window: Window, docs: Documents, blocks: np.ndarray, *, local: int, sinks: int) -> Tensor:
-    """Bool [n, M, block]: pairs outside the nearest `local` block diagonals and the document's first tokens."""
+    """Bool [n, M, block]: pairs outside the nearest `local` block diagonals and the document's first
+    tokens.
+    """
     far = window.rows[None] // docs.block - blocks[:, None] >= local
     token = blocks[:, None] * docs.block + np.arange(docs.block)
     late = token >= docs.starts[window.doc] + sinks
@@ -115,8 +125,8 @@ def slash_sums(probability: Tensor, window: Window, docs: Documents, blocks: np.
     """Add the attention [n, H, M, block] of each bin of distances to `out` [H, bins]; bin t holds distances
     t * block .. (t + 1) * block - 1.
 
-    A query at place p of its block meets bin t in the columns 0..p of one block and in those after p of the next one
-    back, so bin t needs the block diagonals t and t + 1.
+    A query at place p of its block meets bin t in the columns 0..p of one block and in those after p of the
+    next one back, so bin t needs the block diagonals t and t + 1.
     """
     phase = torch.from_numpy(window.rows % docs.block).to(out.device)
     upto = torch.arange(docs.block, device=out.device) <= phase[:, None]

@@ -15,7 +15,9 @@ from ltrain.attention.patterns.exchange import Place
 
 
 def in_blocks(x: Tensor, place: Place) -> Tensor:
-    """A shard [B, T_local, H, D] as [B, n, block, H, D], the last block filled with zeros where it is short."""
+    """A shard [B, T_local, H, D] as [B, n, block, H, D], the last block filled with zeros where it is
+    short.
+    """
     num_blocks = len(place.blocks)
     missing = num_blocks * place.block - x.shape[1]
     return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)).unflatten(1, (num_blocks, place.block))
@@ -72,7 +74,8 @@ def keep_top_k(scores: Tensor, forced: list[int], top_k: int) -> Tensor:
 
 
 def keep_share(scores: Tensor, forced: list[int], share: float) -> Tensor:
-    """Bool like scores [..., C] >= 0: the forced columns, then the best others until `share` of the sum is reached.
+    """Bool like scores [..., C] >= 0: the forced columns, then the best others until `share` of the sum is
+    reached.
 
     The column that crosses the mark is kept. Ties go to the earlier column.
     """

@@ -1,7 +1,7 @@
 """Stored block lists made from ranges, bit rows and block diagonals.
 
-U units (batch x heads of the index, batch slowest), N blocks. A row only ever sees blocks `low[row]`..row of its
-sequence (documents.py), so cutting a list to documents is cutting it at `low`.
+U units (batch x heads of the index, batch slowest), N blocks. A row only ever sees blocks `low[row]`..row
+of its sequence (documents.py), so cutting a list to documents is cutting it at `low`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ from ltrain_kernels.block_sparse import BlockIndex, ListIndex
 
 
 def assemble(counts: Tensor, col: Tensor, num_cols: int, block: int, block_k: int | None = None) -> ListIndex:
-    """A ListIndex from list lengths [batch, heads, rows] and the lists themselves, ascending, one after another."""
+    """A ListIndex from list lengths [batch, heads, rows] and the lists themselves, ascending, one after
+    another.
+    """
     batch, heads, rows = counts.shape
     ends = counts.reshape(-1).cumsum(0).view(batch, heads, rows)
-    ptr = torch.cat([ends[..., :1] - counts[..., :1], ends], dim=-1) if rows else ends.new_zeros(batch, heads, 1)
+    ptr = (
+        torch.cat([ends[..., :1] - counts[..., :1], ends], dim=-1)
+        if rows
+        else ends.new_zeros(batch, heads, 1)
+    )
     return ListIndex(ptr.to(torch.int64), col.to(torch.int32), num_cols, block, block_k or block)
 
 
@@ -29,7 +35,9 @@ def concatenate(parts: Sequence[BlockIndex]) -> ListIndex:
     pieces = [part.entries() for part in parts]
     counts = torch.cat([ptr[..., 1:] - ptr[..., :-1] for ptr, _ in pieces])
     first = parts[0]
-    return assemble(counts, torch.cat([col for _, col in pieces]), first.num_cols, first.block_q, first.block_k)
+    return assemble(
+        counts, torch.cat([col for _, col in pieces]), first.num_cols, first.block_q, first.block_k
+    )
 
 
 def restrict(index: BlockIndex, documents: list[Documents]) -> ListIndex:
@@ -52,7 +60,8 @@ def restrict(index: BlockIndex, documents: list[Documents]) -> ListIndex:
 def ranges(documents: list[Documents], pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> ListIndex:
     """Head axis 1; row i of sequence b holds the columns from..to-1 of each piece in turn.
 
-    `pieces` has, for every sequence, two integer arrays [number of pieces, N] (from, to): ascending and apart.
+    `pieces` has, for every sequence, two integer arrays [number of pieces, N] (from, to): ascending and
+    apart.
     """
     parts = []
     for docs, (start, stop) in zip(documents, pieces, strict=True):
@@ -90,10 +99,14 @@ def from_bits(packed: Tensor, batch: int, heads: int, block: int) -> ListIndex:
     return assemble(torch.stack(counts).view(batch, heads, num_blocks), torch.cat(lists), num_blocks, block)
 
 
-def from_diagonals(active: Sequence[Tensor], documents: list[Documents], batch: int, heads: int, block: int) -> ListIndex:
-    """Block (i, j) of unit u is selected iff low[i] <= j <= i and diagonal i - j is active in i's first document.
+def from_diagonals(
+    active: Sequence[Tensor], documents: list[Documents], batch: int, heads: int, block: int
+) -> ListIndex:
+    """Block (i, j) of unit u is selected iff low[i] <= j <= i and diagonal i - j is active in i's first
+    document.
 
-    active: a list, one entry a sequence of the batch, of bool [heads, diagonals(documents)], see `diagonal_base`.
+    active: a list, one entry a sequence of the batch, of bool [heads, diagonals(documents)], see
+    `diagonal_base`.
     """
     counts, lists = [], []
     for b in range(batch):
@@ -109,7 +122,9 @@ def from_diagonals(active: Sequence[Tensor], documents: list[Documents], batch: 
             count = before[head][end] - before[head][begin]
             # The list of row i is the run of active positions in begin..end-1, farthest diagonal first.
             last = torch.repeat_interleave(before[head][end] - 1, count)
-            n = torch.arange(last.numel(), device=on.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+            n = torch.arange(last.numel(), device=on.device) - torch.repeat_interleave(
+                count.cumsum(0) - count, count
+            )
             high = torch.repeat_interleave(torch.from_numpy(row).to(on.device) + begin, count)
             counts.append(count)
             lists.append(high - position[last - n])
@@ -118,7 +133,9 @@ def from_diagonals(active: Sequence[Tensor], documents: list[Documents], batch: 
 
 
 def diagonal_base(docs: Documents) -> tuple[np.ndarray, int]:
-    """Where each document's block diagonals 0, 1, ... begin in a flat vector, and the length of that vector."""
+    """Where each document's block diagonals 0, 1, ... begin in a flat vector, and the length of that
+    vector.
+    """
     size = docs.last_block - docs.first_block + 1
     return np.append(0, np.cumsum(size)[:-1]).astype(np.int64), int(size.sum())
 

@@ -1,9 +1,10 @@
 """Single keys ("verticals") attended beside selected blocks, each pair counted once, forward and backward.
 
-B batch, T tokens, Hq query heads, Hkv key/value heads, Hs heads of the selection (Hkv or Hq), D head size, N blocks.
-With blocks A_h(I) of row I and keys V_h, query i of row I(i) attends { j <= i : block(j) in A_h(I(i)) or j in V_h }.
-It is run as two calls of the block-sparse kernel whose results are merged: the blocks, and the gathered rows of the
-keys in tiles. A tile holds keys of one block only, so a row takes it exactly when that block isn't selected for it.
+B batch, T tokens, Hq query heads, Hkv key/value heads, Hs heads of the selection (Hkv or Hq), D head size,
+N blocks. With blocks A_h(I) of row I and keys V_h, query i of row I(i) attends { j <= i : block(j) in
+A_h(I(i)) or j in V_h }. It is run as two calls of the block-sparse kernel whose results are merged: the
+blocks, and the gathered rows of the keys in tiles. A tile holds keys of one block only, so a row takes it
+exactly when that block isn't selected for it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Verticals:
-    """Keys per head of the selection: `mask` bool [B, Hs, T], of queries after the key in the key's document."""
+    """Keys per head of the selection: `mask` bool [B, Hs, T], of queries after the key in the key's
+    document.
+    """
 
     mask: Tensor
     documents: list[Documents]
@@ -90,7 +93,10 @@ class Verticals:
                 per_block = torch.bincount(token // block, minlength=num_blocks)
                 per_tile = (per_block + tile - 1) // tile
                 first_slot = (per_tile.cumsum(0) - per_tile) * tile
-                rank = torch.arange(len(token), device=device) - (per_block.cumsum(0) - per_block)[token // block]
+                rank = (
+                    torch.arange(len(token), device=device)
+                    - (per_block.cumsum(0) - per_block)[token // block]
+                )
                 slots = token.new_full((int(per_tile.sum()) * tile,), -1)
                 slots[first_slot[token // block] + rank] = token
                 of_tile = torch.repeat_interleave(blocks, per_tile)
@@ -117,9 +123,15 @@ def _selected(index: BlockIndex, b: int, head: int) -> Tensor:
 
 
 def gather_rows(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` [B, Hs, W] of x [B, T, Hkv, D] as [B * Hs, W, 1, D]; differentiable. Unused slots (-1) give row 0."""
+    """Rows `ids` [B, Hs, W] of x [B, T, Hkv, D] as [B * Hs, W, 1, D]; differentiable. Unused slots (-1)
+    give row 0.
+    """
     batch, heads, width = ids.shape
-    per_head = x.transpose(1, 2).repeat_interleave(heads // x.shape[2], dim=1) if heads > x.shape[2] else x.transpose(1, 2)
+    per_head = (
+        x.transpose(1, 2).repeat_interleave(heads // x.shape[2], dim=1)
+        if heads > x.shape[2]
+        else x.transpose(1, 2)
+    )
     picked = per_head.gather(2, ids.clamp(min=0)[..., None].expand(-1, -1, -1, x.shape[3]))
     return picked.reshape(batch * heads, width, 1, x.shape[3])
 
@@ -135,10 +147,12 @@ def selected_attention(
     scale: float | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one process over a selection: (out [B, T, Hq, Dv], lse [B, Hq, T]), exact forward and backward.
+    """Attention of one process over a selection: (out [B, T, Hq, Dv], lse [B, Hq, T]), exact forward and
+    backward.
 
-    q [B, T, Hq, D], k and v [B, T, Hkv, .] in document order, the whole sequence; doc_ids int [T] or [B, T].
-    `tiles` are the selection's verticals in tiles where they were made before (they are a constant of the layer).
+    q [B, T, Hq, D], k and v [B, T, Hkv, .] in document order, the whole sequence; doc_ids int [T] or [B,
+    T]. `tiles` are the selection's verticals in tiles where they were made before (they are a constant of
+    the layer).
     """
     position = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
     near = block_sparse_attention(

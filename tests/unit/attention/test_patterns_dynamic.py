@@ -1,4 +1,6 @@
-"""Dynamic patterns: the index is one process's on any number of ranks, and the choices are those of the definition."""
+"""Dynamic patterns: the index is one process's on any number of ranks, and the choices are those of the
+definition.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,14 @@ T, BLOCK = 330, 16
 DOCS = torch.tensor([4] * 130 + [1] * 20 + [2] * 7 + [9] * 173)
 SETTINGS = {
     "vertical_slash": dict(
-        observed=20, anchors=2, window=20, sinks=3, dense_below=24, max_verticals=12, max_slashes=3, slash_p=0.6
+        observed=20,
+        anchors=2,
+        window=20,
+        sinks=3,
+        dense_below=24,
+        max_verticals=12,
+        max_slashes=3,
+        slash_p=0.6,
     ),
     "xattention": dict(stride=8, pool=2, threshold=0.6),
     "block_topk": dict(top_k=4, sink_blocks=1),
@@ -41,7 +50,9 @@ def find_on_ranks(pattern, q, k, layout, docs=None, module=None, counter=None):
     )  # fmt: skip
     with torch.no_grad():
         searches = [
-            pattern.steps(layout.shard(q, place.rank, 1), layout.shard(k, place.rank, 1), shape, place, module)
+            pattern.steps(
+                layout.shard(q, place.rank, 1), layout.shard(k, place.rank, 1), shape, place, module
+            )
             for place in places(layout)
         ]
         return run_lockstep(searches, counter)
@@ -58,7 +69,9 @@ def test_any_number_of_ranks_finds_the_same_index(kind, packed):
     alone = find(pattern, q, k, docs, module).as_index()
     for world_size, layout in ((2, "striped"), (3, "contiguous"), (5, "zigzag"), (23, "striped")):
         counter = []
-        found = find_on_ranks(pattern, q, k, SequenceLayout(layout, T, world_size, BLOCK), docs, module, counter)
+        found = find_on_ranks(
+            pattern, q, k, SequenceLayout(layout, T, world_size, BLOCK), docs, module, counter
+        )
         for selection in found:
             index = selection.as_index()
             assert torch.equal(index.counts(), alone.counts())

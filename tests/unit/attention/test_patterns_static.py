@@ -45,7 +45,11 @@ def test_sliding_window_keeps_window_and_sinks_and_little_more(docs, window, sin
     index = build(pattern, docs)
     got = token_mask(index, docs)[0, 0]
     i, j = torch.arange(T)[:, None], torch.arange(T)[None]
-    start = torch.tensor([int((DOCS == d).nonzero()[0]) for d in DOCS]) if docs is not None else torch.zeros(T).long()
+    start = (
+        torch.tensor([int((DOCS == d).nonzero()[0]) for d in DOCS])
+        if docs is not None
+        else torch.zeros(T).long()
+    )
     wanted = causal(docs) & ((i - j < window) | (j < start[:, None] + sinks))
     assert bool((got | ~wanted).all())
     # Rounding up: nothing beyond the blocks that hold a wanted pair of some query of the row.
@@ -67,7 +71,13 @@ def test_s2_follows_its_formula_by_global_head(docs):
         assert torch.equal(got[head], wanted)
     # A rank with two of the heads has those two rows of the whole.
     part = pattern.index(
-        num_tokens=T, num_kv_heads=2, num_heads=4, block=BLOCK, doc_ids=docs, kv_head_offset=2, total_kv_heads=4
+        num_tokens=T,
+        num_kv_heads=2,
+        num_heads=4,
+        block=BLOCK,
+        doc_ids=docs,
+        kv_head_offset=2,
+        total_kv_heads=4,
     )
     assert torch.equal(part.to_mask(), build(pattern, docs).to_mask()[:, 2:])
 
@@ -99,7 +109,11 @@ def test_dense_layers_are_dense_for_every_pattern(kind):
 
 def test_each_sequence_of_a_batch_has_its_own_documents():
     both = torch.stack([DOCS, DOCS.flip(0)])
-    for pattern in (patterns.dense(), patterns.sliding_window(window=20, sinks=3), patterns.s2(local_blocks=1, stride=4)):
+    for pattern in (
+        patterns.dense(),
+        patterns.sliding_window(window=20, sinks=3),
+        patterns.s2(local_blocks=1, stride=4),
+    ):
         index = build(pattern, both)
         assert index.batch == 2
         for b in range(2):
@@ -137,7 +151,10 @@ def test_yaml_section_to_pattern():
         (lambda: build(patterns.block_topk()), "q, k"),
         (lambda: build(patterns.block_topk(), q=torch.ones(1, T, 8, 4), k=torch.ones(1, T, 3, 4)), "k.shape"),
         (lambda: build(patterns.seer_gate(), q=torch.ones(1, T, 8, 4), k=torch.ones(1, T, 4, 4)), "module"),
-        (lambda: build(patterns.xattention(stride=32), q=torch.ones(1, T, 8, 4), k=torch.ones(1, T, 4, 4)), "stride"),
+        (
+            lambda: build(patterns.xattention(stride=32), q=torch.ones(1, T, 8, 4), k=torch.ones(1, T, 4, 4)),
+            "stride",
+        ),
         (lambda: patterns.from_config(SlidingWindowFields.model_construct(kind="nope")), "kind"),
     ],
 )

@@ -1,4 +1,6 @@
-"""MoBA-like choice of blocks: mean query against mean key (arXiv 2502.13189, section 2.2), one list a query block."""
+"""MoBA-like choice of blocks: mean query against mean key (arXiv 2502.13189, section 2.2), one list a query
+block.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,19 @@ from ltrain.config.patterns import BlockTopKFields
 
 
 class BlockTopK(BlockTopKFields, DynamicPattern):
-    """Keeps the diagonal, the document's first blocks and the best others by q_mean . k_mean, `top_k` in all.
+    """Keeps the diagonal, the document's first blocks and the best others by q_mean . k_mean, `top_k` in
+    all.
 
-    MoBA gates every query token; here the queries of a block share a list, by the mean of their gates (the gate is
-    linear in the query, so that is the gate of the mean query). Head axis Hkv (gates summed over the group) or Hq.
-    Two collectives: mean keys, then the rows' choices.
+    MoBA gates every query token; here the queries of a block share a list, by the mean of their gates (the
+    gate is linear in the query, so that is the gate of the mean query). Head axis Hkv (gates summed over
+    the group) or Hq. Two collectives: mean keys, then the rows' choices.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(True, True, True, "Hkv, Hq", collectives=2)
 
-    def steps(self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None = None) -> Steps:
+    def steps(
+        self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None = None
+    ) -> Steps:
         block, docs = shape.block, shape.documents
         keys = run_means(k, place, docs, block, keys=True).squeeze(2)
         keys = yield Gather(keys, place.block_owner)
@@ -34,7 +39,9 @@ class BlockTopK(BlockTopKFields, DynamicPattern):
         if self.heads == "kv":
             queries = queries.sum(3, keepdim=True)
         batch, heads = queries.shape[1], queries.shape[2] * queries.shape[3]
-        rows = torch.zeros(len(place.blocks), batch, heads, docs[0].num_blocks, dtype=torch.bool, device=q.device)
+        rows = torch.zeros(
+            len(place.blocks), batch, heads, docs[0].num_blocks, dtype=torch.bool, device=q.device
+        )
         for i, row in enumerate(place.blocks.tolist()):
             for b in range(batch):
                 own = docs[b if len(docs) > 1 else 0]

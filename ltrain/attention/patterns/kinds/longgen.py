@@ -1,4 +1,6 @@
-"""LongGen: full attention in the middle third of the layers, a cheap pattern at both ends (arXiv 2410.01485)."""
+"""LongGen: full attention in the middle third of the layers, a cheap pattern at both ends (arXiv
+2410.01485).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class LongGen(LongGenFields, Pattern):
         if isinstance(self.full_layers, tuple):
             return layer in self.full_layers
         if num_layers is None:
-            raise ConfigError("num_layers", None, "must be given with full_layers='middle_third'", "or list the layers")
+            raise ConfigError(
+                "num_layers", None, "must be given with full_layers='middle_third'", "or list the layers"
+            )
         return num_layers // 3 <= layer < num_layers - num_layers // 3
 
     def build(self, shape: Shape) -> BlockIndex:

@@ -11,11 +11,13 @@ from ltrain_kernels.block_sparse import BlockIndex, strided
 
 
 class S2(S2Fields, Pattern):
-    """Selects block j for row i of head h iff i - j < local_blocks or (j + h * step + offset) mod stride == 0.
+    """Selects block j for row i of head h iff i - j < local_blocks or (j + h * step + offset) mod stride ==
+    0.
 
-    h is the *global* key/value head, so a tensor-parallel or head-sharded rank gets its part of the same whole; the
-    last `dense_heads` of the model see everything. Head axis Hkv, closed form where there is one document. Block ids
-    are absolute in the sequence: a block that a head has dropped never comes back (what makes its shard small).
+    h is the *global* key/value head, so a tensor-parallel or head-sharded rank gets its part of the same
+    whole; the last `dense_heads` of the model see everything. Head axis Hkv, closed form where there is one
+    document. Block ids are absolute in the sequence: a block that a head has dropped never comes back (what
+    makes its shard small).
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(True, True, True, "Hkv")

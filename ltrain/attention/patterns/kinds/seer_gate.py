@@ -1,8 +1,9 @@
-"""SeerAttention: a small gate that learns the block-pooled attention map while the model trains (arXiv 2410.13276).
+"""SeerAttention: a small gate that learns the block-pooled attention map while the model trains (arXiv
+2410.13276).
 
-The gate sees means, maxima and minima of the queries and keys of a block, after rotary embedding, projects both to
-`gate_dim` for each key/value head, and scores block pairs by their product. It is distilled from the attention that
-each block really gets; the loss reaches the gate alone, never q or k.
+The gate sees means, maxima and minima of the queries and keys of a block, after rotary embedding, projects
+both to `gate_dim` for each key/value head, and scores block pairs by their product. It is distilled from
+the attention that each block really gets; the loss reaches the gate alone, never q or k.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from ltrain.config.patterns import SeerGateFields
 
 
 class BlockGate(nn.Module):
-    """Scores of block pairs: [..., R, C] logits from features [R, B, Hkv, 3D] of queries and [C, B, Hkv, 3D] of keys."""
+    """Scores of block pairs: [..., R, C] logits from features [R, B, Hkv, 3D] of queries and [C, B, Hkv,
+    3D] of keys.
+    """
 
     def __init__(self, num_kv_heads: int, head_dim: int, gate_dim: int) -> None:
         super().__init__()
@@ -51,16 +54,22 @@ class SeerGate(SeerGateFields, DynamicPattern):
     def make_module(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> BlockGate:
         return BlockGate(num_kv_heads, head_dim, self.gate_dim)
 
-    def steps(self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None = None) -> Steps:
+    def steps(
+        self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None = None
+    ) -> Steps:
         if not isinstance(module, BlockGate):
-            raise ConfigError("module", type(module).__name__, "must be the pattern's BlockGate", "use make_module")
+            raise ConfigError(
+                "module", type(module).__name__, "must be the pattern's BlockGate", "use make_module"
+            )
         docs = shape.documents
         keys = yield Gather(block_features(k, place, docs, keys=True), place.block_owner)
         queries = block_features(_mean_of_group(q, shape), place, docs, keys=False)
         # All keys are projected at once, by one product of the same shape on any number of ranks.
         projected = module.project(keys, module.key)
         batch, heads = projected.shape[:2]
-        rows = torch.zeros(len(place.blocks), batch, heads, docs[0].num_blocks, dtype=torch.bool, device=q.device)
+        rows = torch.zeros(
+            len(place.blocks), batch, heads, docs[0].num_blocks, dtype=torch.bool, device=q.device
+        )
         for i, row in enumerate(place.blocks.tolist()):
             query = module.project(queries[i : i + 1], module.query)
             for b in range(batch):
@@ -73,7 +82,9 @@ class SeerGate(SeerGateFields, DynamicPattern):
         return Selection(from_bits(packed, batch, heads, shape.block))
 
     def target_blocks(self, num_blocks: int, step: int) -> np.ndarray:
-        """Query blocks for the loss of `step`: `target_rows` spread over the sequence, shifted from step to step."""
+        """Query blocks for the loss of `step`: `target_rows` spread over the sequence, shifted from step to
+        step.
+        """
         count = min(self.target_rows, num_blocks)
         return np.unique((np.arange(count) * num_blocks // max(count, 1) + step) % max(num_blocks, 1))
 
@@ -84,14 +95,25 @@ class SeerGate(SeerGateFields, DynamicPattern):
         keys = yield Gather(block_features(k, place, docs, keys=True), place.block_owner)
         mine = np.isin(place.blocks, rows)
         features = block_features(_mean_of_group(q, shape), place, docs, keys=False)[torch.from_numpy(mine)]
-        local = torch.cat([in_blocks(q, place)[:, torch.from_numpy(mine)].transpose(0, 1).flatten(1), features.flatten(1)], 1)
+        local = torch.cat(
+            [in_blocks(q, place)[:, torch.from_numpy(mine)].transpose(0, 1).flatten(1), features.flatten(1)],
+            1,
+        )
         whole = yield Gather(local, place.block_owner[rows])
         split = batch * shape.block * shape.num_heads * q.shape[-1]
         queries = whole[:, :split].view(len(rows), batch, shape.block, shape.num_kv_heads, -1, q.shape[-1])
         by_block = torch.stack(
-            [_block_lse(queries[r, b], k, int(row), b, shape, place) for r, row in enumerate(rows) for b in range(batch)]
+            [
+                _block_lse(queries[r, b], k, int(row), b, shape, place)
+                for r, row in enumerate(rows)
+                for b in range(batch)
+            ]
         )
-        own = by_block.logsumexp(-1) if by_block.shape[-1] else by_block.new_full(by_block.shape[:-1], -torch.inf)
+        own = (
+            by_block.logsumexp(-1)
+            if by_block.shape[-1]
+            else by_block.new_full(by_block.shape[:-1], -torch.inf)
+        )
         lse = (yield Gather(own[None], np.arange(place.world_size))).logsumexp(0)
         share = (by_block - lse[..., None]).exp().nan_to_num(0.0).sum((2, 3)).permute(2, 0, 1)
         share = yield Gather(share.contiguous(), place.block_owner)
@@ -117,8 +139,8 @@ class SeerGate(SeerGateFields, DynamicPattern):
 class Distillation:
     """Constants of the loss.
 
-    queries [R, B, Hkv, 3D] and keys [N, B, Hkv, 3D] are features, target [B, Hkv, R, N] sums to one along N, seen bool
-    [B, R, N] marks the blocks that a row can see.
+    queries [R, B, Hkv, 3D] and keys [N, B, Hkv, 3D] are features, target [B, Hkv, R, N] sums to one along
+    N, seen bool [B, R, N] marks the blocks that a row can see.
     """
 
     def __init__(self, queries: Tensor, keys: Tensor, target: Tensor, seen: Tensor) -> None:
@@ -140,7 +162,8 @@ def _mean_of_group(q: Tensor, shape: Shape) -> Tensor:
 
 
 def _block_lse(queries: Tensor, k: Tensor, row: int, b: int, shape: Shape, place: Place) -> Tensor:
-    """Log-sum-exp of each query's logits in each own block, fp32 [Hkv, G, block, n]; queries [block, Hkv, G, D].
+    """Log-sum-exp of each query's logits in each own block, fp32 [Hkv, G, block, n]; queries [block, Hkv,
+    G, D].
 
     -inf where a query sees nothing of a block, and for tokens that are not of the row's first document.
     """

@@ -15,7 +15,8 @@ from ltrain_kernels.block_sparse import sliding_window as closed_form
 
 
 class SlidingWindow(SlidingWindowFields, Pattern):
-    """Selects the blocks that hold any of the `window` nearest tokens or of the document's first `sinks` tokens.
+    """Selects the blocks that hold any of the `window` nearest tokens or of the document's first `sinks`
+    tokens.
 
     Head axis 1; a closed form where there is one document, else two runs of blocks a row.
     """
@@ -27,7 +28,9 @@ class SlidingWindow(SlidingWindowFields, Pattern):
         if not any(docs.packed for docs in shape.documents):
             sinks = -(-self.sinks // shape.block)
             return closed_form(shape.num_tokens, shape.block, local=local, sinks=sinks).to(shape.device)
-        return ranges(shape.documents, [_runs(docs, local, self.sinks) for docs in shape.documents]).to(shape.device)
+        return ranges(shape.documents, [_runs(docs, local, self.sinks) for docs in shape.documents]).to(
+            shape.device
+        )
 
 
 def local_blocks(window: int, block: int) -> int:

@@ -1,9 +1,11 @@
 """Vertical-slash, found online: arXiv 2510.18830 section 3 (training), 2407.02490 section 3 (the pattern).
 
-What differs from the published estimator, and why: everything is fp32 or better; window, sinks and the diagonal are
-always kept; the key that crosses the share is included (a sink that alone holds the share no longer leaves an empty
-list); keys that hold more than 1 / max_verticals of the attention are verticals by rule and are taken out before
-slashes are scored, so a vertical is not mistaken for many slashes; documents have windows and sinks of their own.
+What differs from the published estimator, and why: everything is fp32 or better; window, sinks and the
+diagonal are always kept; the key that crosses the share is included (a sink that alone holds the share no
+longer leaves an empty list); keys that a quarter of the watched queries attend with more than 4 /
+max_verticals each are verticals by rule and are taken out before slashes are scored, so a vertical is not
+mistaken for many slashes; a key that owes over a quarter of its attention to one query counts towards the
+share but is left to the slashes; documents have windows and sinks of their own.
 """
 
 from __future__ import annotations
@@ -36,17 +38,25 @@ from ltrain.attention.patterns.verticals import Verticals
 from ltrain.config.patterns import VerticalSlashFields
 
 
+# A quarter: of the queries that make a key heavy, and of a key's attention that one query may hold.
+HEAVY = 4
+
+
 class VerticalSlash(VerticalSlashFields, DynamicPattern):
-    """Query i of head h attends { j <= i : block diagonal of (i, j) active } and { j <= i : j a vertical of h }.
+    """Query i of head h attends { j <= i : block diagonal of (i, j) active } and { j <= i : j a vertical of
+    h }.
 
     Head axis Hkv (attention summed over the group) or Hq. `select` gives blocks and verticals apart when
-    `verticals="tokens"`; `index` always rounds verticals up to blocks. Four collectives: watched queries, their
-    normalisers (two numbers a query), attention sums to the rank that finishes the head, and the bits of the result.
+    `verticals="tokens"`; `index` always rounds verticals up to blocks. Four collectives: watched queries,
+    their normalisers (two numbers a query), attention sums to the rank that finishes the head, and the bits
+    of the result.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(True, True, True, "Hkv, Hq", collectives=4)
 
-    def steps(self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None = None) -> Steps:
+    def steps(
+        self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None = None
+    ) -> Steps:
         search = _Search(self, shape, place, q.shape[0], q.device)
         rows, owner = search.own_queries(q)
         queries = yield Gather(rows, owner)
@@ -61,9 +71,13 @@ class VerticalSlash(VerticalSlashFields, DynamicPattern):
 
 
 class _Search:
-    """The state of one search on one rank. Units are (sequence, head of the selection) pairs, sequence slowest."""
+    """The state of one search on one rank. Units are (sequence, head of the selection) pairs, sequence
+    slowest.
+    """
 
-    def __init__(self, rule: VerticalSlash, shape: Shape, place: Place, batch: int, device: torch.device) -> None:
+    def __init__(
+        self, rule: VerticalSlash, shape: Shape, place: Place, batch: int, device: torch.device
+    ) -> None:
         self.rule, self.shape, self.place, self.batch, self.device = rule, shape, place, batch, device
         self.group = shape.num_heads // shape.num_kv_heads
         self.heads = shape.num_kv_heads if rule.heads == "kv" else shape.num_heads
@@ -79,13 +93,17 @@ class _Search:
         return self.shape.documents[b if len(self.shape.documents) > 1 else 0]
 
     def own_queries(self, q: Tensor) -> tuple[Tensor, np.ndarray]:
-        """This rank's watched queries [.., Hq, D], in the windows' order, and the owner of every watched query."""
+        """This rank's watched queries [.., Hq, D], in the windows' order, and the owner of every watched
+        query.
+        """
         own, owners = [q.new_empty(0, *q.shape[2:])], [np.empty(0, np.int64)]
         for window in self.windows:
             owner = self.place.owner_of_tokens(window.rows)
             mine = window.rows[owner == self.place.rank]
             slot = np.searchsorted(self.place.blocks, mine // self.place.block) * self.place.block
-            own.append(q[window.b].index_select(0, torch.from_numpy(slot + mine % self.place.block).to(q.device)))
+            own.append(
+                q[window.b].index_select(0, torch.from_numpy(slot + mine % self.place.block).to(q.device))
+            )
             owners.append(owner)
         return torch.cat(own), np.concatenate(owners)
 
@@ -114,8 +132,9 @@ class _Search:
     def sums(self, partial: Tensor) -> tuple[Tensor, np.ndarray]:
         """Rows of `block` integers in fp64 [units, own rows, block], and their owners.
 
-        First the attention on each key, a row a block; then the rank's share of the slash bins, in as many rows as
-        they need. `partial` [ranks, 2, ...] are all ranks' partial normalisers.
+        First the attention on each key, a row a block, times 4 plus 1 for a heavy key or 2 for a passing
+        one; then the rank's share of the slash bins, in as many rows as they need. `partial` [ranks, 2,
+        ...] are all ranks' partial normalisers.
         """
         block, own = self.shape.block, self.place.blocks
         lse = normaliser(partial[:, 0], partial[:, 1])
@@ -131,9 +150,13 @@ class _Search:
         rows = torch.cat([verticals, slashes.view(self.units, bin_rows, block)], dim=1)
         return rows, np.append(self.place.block_owner, np.repeat(np.arange(self.place.world_size), bin_rows))
 
-    def _document(self, members: list[int], head: int, lse: Tensor, verticals: Tensor, slashes: Tensor) -> None:
+    def _document(
+        self, members: list[int], head: int, lse: Tensor, verticals: Tensor, slashes: Tensor
+    ) -> None:
         """Add one document's attention, from all its windows, for the units of one key/value head."""
         found = []
+        mass = torch.zeros_like(verticals)
+        largest, often = mass.clone(), mass.clone()
         for number in members:
             window, watched = self.windows[number], self.watched[number][head]
             docs, count = self.docs(window.b), len(window.rows)
@@ -143,17 +166,23 @@ class _Search:
             p = p * free[:, None].to(p.device)
             if self.rule.heads == "kv":
                 p = p.sum(1, keepdim=True)
-            found.append((window, docs, watched.blocks, p))
             slot = torch.from_numpy(np.searchsorted(self.place.blocks, watched.blocks)).to(p.device)
-            verticals.index_add_(1, slot, p.sum(2).transpose(0, 1))
-        heavy = verticals > self._total(members) / self.rule.max_verticals
-        for window, docs, blocks, p in found:
-            slot = torch.from_numpy(np.searchsorted(self.place.blocks, blocks)).to(p.device)
+            found.append((window, docs, watched.blocks, p, slot))
+            by_unit = p.transpose(0, 1)
+            mass[:, slot] += by_unit.sum(2)
+            largest[:, slot] = torch.maximum(largest[:, slot], by_unit.amax(2))
+            often[:, slot] += (by_unit > HEAVY * self._of_one_query() / self.rule.max_verticals).sum(2)
+        queries = sum(len(self.windows[number].rows) for number in members)
+        heavy = HEAVY * often >= queries
+        verticals += 4 * mass + heavy + 2 * ((HEAVY * largest > mass) & ~heavy)
+        for window, docs, blocks, p, slot in found:
             light = ~heavy[:, slot].transpose(0, 1)
             slash_sums(p * light[:, :, None], window, docs, blocks, slashes)
 
     def finish(self, whole: Tensor, units: np.ndarray) -> Tensor:
-        """Choose for the units dealt to this rank: packed bits uint8 [units, bytes] of verticals, then diagonals."""
+        """Choose for the units dealt to this rank: packed bits uint8 [units, bytes] of verticals, then
+        diagonals.
+        """
         num_tokens, num_blocks = self.shape.num_tokens, self.docs(0).num_blocks
         bin_rows = -(-self.bins // self.shape.block)
         bits = torch.zeros(len(units), num_tokens + self.bins, dtype=torch.bool, device=self.device)
@@ -177,12 +206,13 @@ class _Search:
                 bits[i, tokens], diagonals[here] = self._choose(verticals[i, tokens], slashes[i, here], total)
         return pack_bits(bits)
 
-    def _choose(self, verticals: Tensor, slashes: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    def _choose(self, coded: Tensor, slashes: Tensor, total: float) -> tuple[Tensor, Tensor]:
         """Keys and block diagonals of one document and unit, from sums that leave out what is always kept."""
         rule = self.rule
+        verticals, code = coded.div(4, rounding_mode="floor"), coded.remainder(4)
+        heavy, passing = code == 1, code == 2
         always = total - float(verticals.sum())
-        heavy = verticals > total / rule.max_verticals
-        keys = _share(verticals, rule.vertical_p * total - always, rule.max_verticals) | heavy
+        keys = _share(verticals, rule.vertical_p * total - always, rule.max_verticals) & ~passing | heavy
         keys[: rule.sinks] = True
         heavy_mass = float(verticals[heavy].sum())
         bins = _share(slashes, rule.slash_p * total - always - heavy_mass, rule.max_slashes)
@@ -218,12 +248,16 @@ class _Search:
 
     def _total(self, members: list[int]) -> float:
         """All attention of a document's windows, for one unit, in units of 2^-32."""
-        queries = sum(len(self.windows[number].rows) for number in members)
-        return ONE * queries * (self.group if self.rule.heads == "kv" else 1)
+        return sum(len(self.windows[number].rows) for number in members) * self._of_one_query()
+
+    def _of_one_query(self) -> float:
+        return ONE * (self.group if self.rule.heads == "kv" else 1)
 
 
 def _share(mass: Tensor, need: float, limit: int) -> Tensor:
-    """The fewest of `mass` (fp64 [n], exact integers) that reach `need`, the crossing one included, at most `limit`."""
+    """The fewest of `mass` (fp64 [n], exact integers) that reach `need`, the crossing one included, at most
+    `limit`.
+    """
     ranked, order = mass.sort(descending=True, stable=True)
     before = ranked.cumsum(0) - ranked
     taken = (before < need) & (ranked > 0)

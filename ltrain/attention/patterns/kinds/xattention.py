@@ -19,18 +19,23 @@ from ltrain.config.patterns import XAttentionFields
 class XAttention(XAttentionFields, DynamicPattern):
     """Keeps, row by row, the fewest blocks that reach `threshold` of the estimated attention.
 
-    The estimate is a softmax over `stride` x `stride` tiles of the tile's mean antidiagonal logit, summed to blocks.
-    Queries and keys are averaged over `pool` tokens first; pool 1 is the published score, which needs every key.
-    The diagonal and the document's first block are always kept (the first *column*, not the first row). Head axis
-    Hkv (estimates summed over the group) or Hq. Two collectives: pooled keys (1 / pool of the keys), rows' choices.
+    The estimate is a softmax over `stride` x `stride` tiles of the tile's mean antidiagonal logit, summed
+    to blocks. Queries and keys are averaged over `pool` tokens first; pool 1 is the published score, which
+    needs every key. The diagonal and the document's first block are always kept (the first *column*, not
+    the first row). Head axis Hkv (estimates summed over the group) or Hq. Two collectives: pooled keys (1 /
+    pool of the keys), rows' choices.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(True, True, True, "Hkv, Hq", collectives=2)
 
-    def steps(self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None = None) -> Steps:
+    def steps(
+        self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None = None
+    ) -> Steps:
         block, docs = shape.block, shape.documents
         if block % self.stride:
-            raise ConfigError("attention.pattern.stride", self.stride, f"must divide the block of {block} tokens")
+            raise ConfigError(
+                "attention.pattern.stride", self.stride, f"must divide the block of {block} tokens"
+            )
         keys = run_means(k, place, docs, self.pool, keys=True).to(k.dtype)
         keys = (yield Gather(keys, place.block_owner)).float()
         # Inside a tile the queries run backwards: that pairs them along the antidiagonal.
@@ -42,7 +47,9 @@ class XAttention(XAttentionFields, DynamicPattern):
         group = shape.num_heads // shape.num_kv_heads
         batch = q.shape[0]
         heads = shape.num_kv_heads if self.heads == "kv" else shape.num_heads
-        rows = torch.zeros(len(place.blocks), batch, heads, docs[0].num_blocks, dtype=torch.bool, device=q.device)
+        rows = torch.zeros(
+            len(place.blocks), batch, heads, docs[0].num_blocks, dtype=torch.bool, device=q.device
+        )
         for i, row in enumerate(place.blocks.tolist()):
             for b in range(batch):
                 d = b if len(docs) > 1 else 0
@@ -50,7 +57,9 @@ class XAttention(XAttentionFields, DynamicPattern):
                 exists = key_exists[low : row + 1, d].clone()
                 # The diagonal's pooled keys are of its last document, which may not be its queries'.
                 exists[-1] &= bool(docs[d].of_first[row] == docs[d].of_last[row])
-                scores = self._row_scores(queries[i, b], keys[low : row + 1, b], query_exists[row, d], exists, group)
+                scores = self._row_scores(
+                    queries[i, b], keys[low : row + 1, b], query_exists[row, d], exists, group
+                )
                 rows[i, b, :, low : row + 1] = keep_share(scores, self._forced(row, docs[d]), self.threshold)
         packed = yield Gather(pack_bits(rows.flatten(1, 2)), place.block_owner)
         return Selection(from_bits(packed, batch, heads, block))
@@ -68,13 +77,17 @@ class XAttention(XAttentionFields, DynamicPattern):
     def _row_scores(
         self, queries: Tensor, keys: Tensor, query_exists: Tensor, key_exists: Tensor, group: int
     ) -> Tensor:
-        """Estimated attention of one row on its columns: [Hkv or Hq, C] from queries [Hq, m, F], keys [C, Hkv, m, F]."""
+        """Estimated attention of one row on its columns: [Hkv or Hq, C] from queries [Hq, m, F], keys [C,
+        Hkv, m, F].
+        """
         tiles = keys.shape[2]
         heads = keys.shape[1]
         width = queries.shape[-1]
         head_dim = width * self.pool // self.stride
         grouped = queries.unflatten(0, (heads, group)).flatten(1, 2)
-        logits = torch.bmm(grouped, keys.permute(1, 3, 0, 2).flatten(2)) * (self.pool / self.stride * head_dim**-0.5)
+        logits = torch.bmm(grouped, keys.permute(1, 3, 0, 2).flatten(2)) * (
+            self.pool / self.stride * head_dim**-0.5
+        )
         logits = logits.view(heads, group, tiles, -1, tiles)
         hidden = ~key_exists[None].expand(tiles, -1, -1).clone()
         hidden[:, -1] |= torch.ones(tiles, tiles, dtype=torch.bool, device=keys.device).triu(1)
