@@ -113,9 +113,13 @@ def restore(config: RunConfig, run: Run) -> None:
 
 def export_run(run: Run, folder: Path) -> None:
     """Write the model as a Hugging Face folder with its new context; collective."""
-    from ltrain.model.weights import export_model
+    from ltrain.config.model import LoraAdapter
+    from ltrain.model.weights import export_adapter, export_model
 
     export_model(run.model, run.spec, run.mesh, folder, tokenizer=run.tokenizer)
+    adapter = run.config.model.adapter
+    if isinstance(adapter, LoraAdapter) and not adapter.also_train:
+        export_adapter(run.model, run.spec, adapter, run.mesh, folder.with_name(f"{folder.name}-adapter"))
 
 
 def export(config: RunConfig, out: Path | None, step: int | None) -> int:
