@@ -13,21 +13,21 @@ from ltrain.parallel.layout import SequenceLayout
 
 T, BLOCK = 330, 16
 SETTINGS = {
-    "vertical_slash": dict(
-        observed=20,
-        anchors=2,
-        window=20,
-        sinks=3,
-        dense_below=24,
-        max_verticals=12,
-        max_slashes=3,
-        slash_p=0.6,
-    ),
-    "xattention": dict(stride=8, pool=2, threshold=0.6),
-    "block_topk": dict(top_k=4),
-    "seer_gate": dict(top_k=4, gate_dim=8),
-    "nsa": dict(top_k=6, compress=8),
-    "s2": dict(local_blocks=2, stride=2),
+    "vertical_slash": {
+        "observed": 20,
+        "anchors": 2,
+        "window": 20,
+        "sinks": 3,
+        "dense_below": 24,
+        "max_verticals": 12,
+        "max_slashes": 3,
+        "slash_p": 0.6,
+    },
+    "xattention": {"stride": 8, "pool": 2, "threshold": 0.6},
+    "block_topk": {"top_k": 4},
+    "seer_gate": {"top_k": 4, "gate_dim": 8},
+    "nsa": {"top_k": 6, "compress": 8},
+    "s2": {"local_blocks": 2, "stride": 2},
 }
 
 
@@ -42,7 +42,15 @@ def case(kind, dtype=torch.float32):
 
 def alone(kind, dtype):
     pattern, module, q, k, docs = case(kind, dtype)
-    arguments = dict(num_tokens=T, num_kv_heads=2, num_heads=4, block=BLOCK, q=q, k=k, module=module)
+    arguments = {
+        "num_tokens": T,
+        "num_kv_heads": 2,
+        "num_heads": 4,
+        "block": BLOCK,
+        "q": q,
+        "k": k,
+        "module": module,
+    }
     return [pattern.index(doc_ids=d, **arguments) for d in (None, docs)]
 
 
@@ -60,9 +68,14 @@ def on_rank(rank, world_size, layouts, dtype):
             me = dist.get_rank(group)
             for packed, ids in ((False, None), (True, docs)):
                 found = select_distributed(
-                    pattern, layout.shard(q, me, 1), layout.shard(k, me, 1), layout=layout, group=group, doc_ids=ids,
+                    pattern,
+                    layout.shard(q, me, 1),
+                    layout.shard(k, me, 1),
+                    layout=layout,
+                    group=group,
+                    doc_ids=ids,
                     module=module,
-                ).as_index()  # fmt: skip
+                ).as_index()
                 results[kind, layout_kind, packed] = (found.counts().numpy(), found.entries()[1].numpy())
     if rank in members:
         layout = SequenceLayout("striped", T, len(members), BLOCK)

@@ -128,8 +128,8 @@ class Pattern(PatternFields, ABC):
         have one. doc_ids: int [T] or [B, T]. Raises ConfigError on arguments that do not fit.
         """
         return self.select(
-            num_tokens=num_tokens, num_kv_heads=num_kv_heads, num_heads=num_heads, block=block, doc_ids=doc_ids,
-            layer=layer, num_layers=num_layers, q=q, k=k, kv_head_offset=kv_head_offset,
+            num_tokens=num_tokens, num_kv_heads=num_kv_heads, num_heads=num_heads, block=block,
+            doc_ids=doc_ids, layer=layer, num_layers=num_layers, q=q, k=k, kv_head_offset=kv_head_offset,
             total_kv_heads=total_kv_heads, module=module, device=device,
         ).as_index()  # fmt: skip
 
@@ -153,8 +153,8 @@ class Pattern(PatternFields, ABC):
     ) -> Selection:
         """As `index`, with single keys apart where the pattern chooses them (`vertical_slash`)."""
         shape = self.shape_of(
-            num_tokens=num_tokens, num_kv_heads=num_kv_heads, num_heads=num_heads, block=block, doc_ids=doc_ids,
-            layer=layer, num_layers=num_layers, q=q, kv_head_offset=kv_head_offset,
+            num_tokens=num_tokens, num_kv_heads=num_kv_heads, num_heads=num_heads, block=block,
+            doc_ids=doc_ids, layer=layer, num_layers=num_layers, q=q, kv_head_offset=kv_head_offset,
             total_kv_heads=total_kv_heads, device=device,
         )  # fmt: skip
         if self.static or self.is_dense_layer(layer, num_layers):
@@ -200,8 +200,8 @@ class Pattern(PatternFields, ABC):
             )
         where = q.device if device is None and q is not None else torch.device(device or "cpu")
         return Shape(
-            num_tokens, num_heads, num_kv_heads, block, documents_of(doc_ids, num_tokens, block), layer, num_layers,
-            kv_head_offset, total_kv_heads, where,
+            num_tokens, num_heads, num_kv_heads, block, documents_of(doc_ids, num_tokens, block), layer,
+            num_layers, kv_head_offset, total_kv_heads, where,
         )  # fmt: skip
 
     def static_index(self, shape: Shape) -> BlockIndex:

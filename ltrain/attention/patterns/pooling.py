@@ -24,7 +24,7 @@ def in_blocks(x: Tensor, place: Place) -> Tensor:
 
 
 def valid_tokens(documents: list[Documents], blocks: np.ndarray, *, keys: bool) -> Tensor:
-    """Bool [1 or B, len(blocks), block]: the tokens of a block over which its keys (or queries) are pooled."""
+    """Bool [1 or B, len(blocks), block]: the tokens over which a block's keys (or queries) are pooled."""
     rows = []
     for docs in documents:
         start, stop = docs.key_run if keys else docs.query_run

@@ -141,7 +141,7 @@ def diagonal_base(docs: Documents) -> tuple[np.ndarray, int]:
 
 
 def with_columns(index: ListIndex, columns: Tensor, documents: list[Documents]) -> ListIndex:
-    """`index` and, in every row, the marked blocks of its first document: bool `columns` [batch, heads, N]."""
+    """`index` and, in every row, its first document's marked blocks: `columns` bool [batch, heads, N]."""
     num_blocks, device = index.num_cols, index.device
     counts, lists = [], []
     for b in range(index.batch):

@@ -46,9 +46,18 @@ def test_constants_of_the_loss_are_the_same_on_any_number_of_ranks():
     pattern = patterns.seer_gate(target_rows=4)
     alone = distillation(pattern, q, k, block=BLOCK, step=2, doc_ids=DOCS)
     shape = pattern.shape_of(
-        num_tokens=T, num_kv_heads=2, num_heads=4, block=BLOCK, doc_ids=DOCS, layer=0, num_layers=None, q=q,
-        kv_head_offset=0, total_kv_heads=None, device=None,
-    )  # fmt: skip
+        num_tokens=T,
+        num_kv_heads=2,
+        num_heads=4,
+        block=BLOCK,
+        doc_ids=DOCS,
+        layer=0,
+        num_layers=None,
+        q=q,
+        kv_head_offset=0,
+        total_kv_heads=None,
+        device=None,
+    )
     layout, rows = SequenceLayout("striped", T, 3, BLOCK), pattern.target_blocks(13, 2)
     searches = [
         pattern.distillation_steps(layout.shard(q, p.rank, 1), layout.shard(k, p.rank, 1), shape, p, rows)
@@ -70,7 +79,15 @@ def test_gate_learns_where_attention_goes_and_touches_nothing_else():
     k = (topic[which] + 0.3 * torch.randn(length, dim))[None, :, None].requires_grad_()
     pattern = patterns.seer_gate(top_k=6, gate_dim=16, target_rows=16)
     gate = pattern.make_module(num_heads=1, num_kv_heads=1, head_dim=dim)
-    arguments = dict(num_tokens=length, num_kv_heads=1, num_heads=1, block=BLOCK, q=q, k=k, module=gate)
+    arguments = {
+        "num_tokens": length,
+        "num_kv_heads": 1,
+        "num_heads": 1,
+        "block": BLOCK,
+        "q": q,
+        "k": k,
+        "module": gate,
+    }
     before = float(patterns.attention_mass(q, k, pattern.index(**arguments)).mean())
     optimizer = torch.optim.Adam(gate.parameters(), lr=1e-2)
     losses = []

@@ -13,20 +13,20 @@ from ltrain.parallel.layout import SequenceLayout
 T, BLOCK = 330, 16
 DOCS = torch.tensor([4] * 130 + [1] * 20 + [2] * 7 + [9] * 173)
 SETTINGS = {
-    "vertical_slash": dict(
-        observed=20,
-        anchors=2,
-        window=20,
-        sinks=3,
-        dense_below=24,
-        max_verticals=12,
-        max_slashes=3,
-        slash_p=0.6,
-    ),
-    "xattention": dict(stride=8, pool=2, threshold=0.6),
-    "block_topk": dict(top_k=4, sink_blocks=1),
-    "seer_gate": dict(top_k=4, gate_dim=8),
-    "nsa": dict(top_k=6, compress=8, window=40),
+    "vertical_slash": {
+        "observed": 20,
+        "anchors": 2,
+        "window": 20,
+        "sinks": 3,
+        "dense_below": 24,
+        "max_verticals": 12,
+        "max_slashes": 3,
+        "slash_p": 0.6,
+    },
+    "xattention": {"stride": 8, "pool": 2, "threshold": 0.6},
+    "block_topk": {"top_k": 4, "sink_blocks": 1},
+    "seer_gate": {"top_k": 4, "gate_dim": 8},
+    "nsa": {"top_k": 6, "compress": 8, "window": 40},
 }
 
 
@@ -38,16 +38,32 @@ def inputs(batch=1, heads=4, kv_heads=2, dim=8, seed=0, dtype=torch.float32):
 
 def find(pattern, q, k, docs=None, module=None, **more):
     return pattern.select(
-        num_tokens=q.shape[1], num_kv_heads=k.shape[2], num_heads=q.shape[2], block=BLOCK, doc_ids=docs, q=q, k=k,
-        module=module, **more,
-    )  # fmt: skip
+        num_tokens=q.shape[1],
+        num_kv_heads=k.shape[2],
+        num_heads=q.shape[2],
+        block=BLOCK,
+        doc_ids=docs,
+        q=q,
+        k=k,
+        module=module,
+        **more,
+    )
 
 
 def find_on_ranks(pattern, q, k, layout, docs=None, module=None, counter=None):
     shape = pattern.shape_of(
-        num_tokens=q.shape[1], num_kv_heads=k.shape[2], num_heads=q.shape[2], block=BLOCK, doc_ids=docs, layer=0,
-        num_layers=None, q=q, kv_head_offset=0, total_kv_heads=None, device=None,
-    )  # fmt: skip
+        num_tokens=q.shape[1],
+        num_kv_heads=k.shape[2],
+        num_heads=q.shape[2],
+        block=BLOCK,
+        doc_ids=docs,
+        layer=0,
+        num_layers=None,
+        q=q,
+        kv_head_offset=0,
+        total_kv_heads=None,
+        device=None,
+    )
     with torch.no_grad():
         searches = [
             pattern.steps(
@@ -86,7 +102,7 @@ def test_every_choice_holds_the_diagonal_the_first_block_and_no_other_document(k
     q, k = inputs()
     index = find(pattern, q, k, DOCS, module).as_index()
     mask = index.to_mask()[0]
-    first = [int((DOCS == DOCS[row * BLOCK]).nonzero()[0]) // BLOCK for row in range(mask.shape[-1])]
+    first = [int((DOCS[row * BLOCK] == DOCS).nonzero()[0]) // BLOCK for row in range(mask.shape[-1])]
     for row in range(mask.shape[-1]):
         assert bool(mask[:, row, row].all())
         assert bool(mask[:, row, first[row]].all())

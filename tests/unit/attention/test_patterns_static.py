@@ -46,7 +46,7 @@ def test_sliding_window_keeps_window_and_sinks_and_little_more(docs, window, sin
     got = token_mask(index, docs)[0, 0]
     i, j = torch.arange(T)[:, None], torch.arange(T)[None]
     start = (
-        torch.tensor([int((DOCS == d).nonzero()[0]) for d in DOCS])
+        torch.tensor([int((d == DOCS).nonzero()[0]) for d in DOCS])
         if docs is not None
         else torch.zeros(T).long()
     )
@@ -128,9 +128,16 @@ def test_yaml_section_to_pattern():
     assert isinstance(pattern, patterns.s2)
     assert (pattern.stride, pattern.dense_layers) == (4, (0, 1))
     assert {kind: cls.static for kind, cls in patterns.KINDS.items()} == {
-        "dense": True, "sliding_window": True, "s2": True, "longgen": True, "vertical_slash": False,
-        "xattention": False, "block_topk": False, "seer_gate": False, "nsa": False,
-    }  # fmt: skip
+        "dense": True,
+        "sliding_window": True,
+        "s2": True,
+        "longgen": True,
+        "vertical_slash": False,
+        "xattention": False,
+        "block_topk": False,
+        "seer_gate": False,
+        "nsa": False,
+    }
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,17 @@ def planted(length=512, key_boost=(), dim=32):
 
 
 def rule(**more):
-    fields = dict(
-        observed=32, window=16, sinks=0, dense_below=0, max_verticals=64, max_slashes=8, vertical_p=0.9, slash_p=0.9,
-        verticals="tokens",
-    )  # fmt: skip
+    fields = {
+        "observed": 32,
+        "window": 16,
+        "sinks": 0,
+        "dense_below": 0,
+        "max_verticals": 64,
+        "max_slashes": 8,
+        "vertical_p": 0.9,
+        "slash_p": 0.9,
+        "verticals": "tokens",
+    }
     return patterns.vertical_slash(**{**fields, **more})
 
 
@@ -148,7 +155,7 @@ def test_blocks_and_keys_are_attended_once_forward_and_backward(heads, packed):
     assert found.verticals.counts.min() >= 2
     # The case that is easy to get wrong: a vertical inside an active block of some later row.
     tiles = found.verticals.tiles(found.index, tile=4)
-    assert 0 < tiles.index.nnz
+    assert tiles.index.nnz > 0
 
     out, lse = selected_attention(q, k, v, found, doc_ids=docs, tiles=tiles, backend="reference")
     (out.sin().sum() + lse.cos().sum()).backward()
@@ -164,7 +171,7 @@ def test_blocks_and_keys_are_attended_once_forward_and_backward(heads, packed):
     (want_out.sin().sum() + want_lse.cos().sum()).backward()
     # The merge is fp32 by contract, so that is the precision of the whole.
     for name, a, b in zip(
-        "out lse dq dk dv".split(), got, [want_out, want_lse, *(x.grad for x in ref)], strict=True
+        ["out", "lse", "dq", "dk", "dv"], got, [want_out, want_lse, *(x.grad for x in ref)], strict=True
     ):
         error = float((a - b).norm() / b.norm())
         assert error < 1e-6, (name, error)

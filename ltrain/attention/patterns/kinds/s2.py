@@ -36,8 +36,9 @@ class S2(S2Fields, Pattern):
         residues = self.residues(total)
         if not self.covers_everything(total):
             warnings.warn(
-                f"s2: the {total} key/value heads see {len(set(residues))} of stride={self.stride} residues, so part of "
-                "the far context is seen by no head; use a stride of at most the number of heads, or dense_heads",
+                f"s2: the {total} key/value heads see {len(set(residues))} of stride={self.stride} residues; "
+                "part of the far context is seen by no head; use a stride of at most the number of heads, or "
+                "dense_heads",
                 stacklevel=2,
             )
         own = range(shape.kv_head_offset, shape.kv_head_offset + shape.num_kv_heads)

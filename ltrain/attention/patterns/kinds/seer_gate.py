@@ -8,7 +8,7 @@ the attention that each block really gets; the loss reaches the gate alone, neve
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ltrain.attention.patterns.base import Capabilities, DynamicPattern, Selection, Shape
 from ltrain.attention.patterns.documents import Documents
-from ltrain.attention.patterns.exchange import Gather, Place, Steps
+from ltrain.attention.patterns.exchange import Gather, Place, Steps, alone, run_alone
 from ltrain.attention.patterns.pooling import forced_columns, in_blocks, keep_top_k, valid_tokens
 from ltrain.attention.patterns.rows import from_bits, pack_bits
 from ltrain.config.base import ConfigError
@@ -167,10 +167,10 @@ def _block_lse(queries: Tensor, k: Tensor, row: int, b: int, shape: Shape, place
 
     -inf where a query sees nothing of a block, and for tokens that are not of the row's first document.
     """
-    docs: Any = shape.documents[b if len(shape.documents) > 1 else 0]
+    docs = shape.documents[b if len(shape.documents) > 1 else 0]
     keys = in_blocks(k, place)[b]
     token = torch.from_numpy(place.blocks[:, None] * docs.block + np.arange(docs.block)).to(k.device)
-    start, stop = (int(edge[row]) for edge in docs.query_run)
+    stop = int(docs.query_run[1][row])
     position = torch.arange(row * docs.block, (row + 1) * docs.block, device=k.device)
     seen = (token <= position[:, None, None]) & (token >= int(docs.starts[docs.of_first[row]]))
     seen &= (position < stop)[:, None, None]
@@ -192,11 +192,9 @@ def distillation(
     pattern: SeerGate, q: Tensor, k: Tensor, *, block: int, step: int = 0, doc_ids: Tensor | None = None
 ) -> Distillation:
     """The loss's constants on one process: q [B, T, Hq, D], k [B, T, Hkv, D], doc_ids int [T] or [B, T]."""
-    from ltrain.attention.patterns.exchange import alone, run_alone
-
     shape = pattern.shape_of(
-        num_tokens=q.shape[1], num_kv_heads=k.shape[2], num_heads=q.shape[2], block=block, doc_ids=doc_ids, layer=0,
-        num_layers=None, q=q, kv_head_offset=0, total_kv_heads=None, device=None,
+        num_tokens=q.shape[1], num_kv_heads=k.shape[2], num_heads=q.shape[2], block=block, doc_ids=doc_ids,
+        layer=0, num_layers=None, q=q, kv_head_offset=0, total_kv_heads=None, device=None,
     )  # fmt: skip
     place = alone(q.shape[1], block)
     rows = pattern.target_blocks(shape.documents[0].num_blocks, step)

@@ -24,7 +24,6 @@ from ltrain.attention.patterns.kinds.sliding_window import local_blocks
 from ltrain.attention.patterns.observation import (
     ONE,
     Watched,
-    Window,
     normaliser,
     not_always_kept,
     slash_sums,
@@ -36,7 +35,6 @@ from ltrain.attention.patterns.pooling import in_blocks
 from ltrain.attention.patterns.rows import diagonal_base, from_diagonals, pack_bits, unpack_bits
 from ltrain.attention.patterns.verticals import Verticals
 from ltrain.config.patterns import VerticalSlashFields
-
 
 # A quarter: of the queries that make a key heavy, and of a key's attention that one query may hold.
 HEAVY = 4
@@ -108,7 +106,7 @@ class _Search:
         return torch.cat(own), np.concatenate(owners)
 
     def score(self, queries: Tensor, k: Tensor) -> None:
-        """Score all windows against this rank's keys; holds observed x anchors x T_local x Hq fp32 numbers."""
+        """Score all windows against the own keys; holds observed x anchors x T_local x Hq fp32 numbers."""
         keys = in_blocks(k, self.place)
         at = 0
         for window in self.windows:

@@ -41,7 +41,9 @@ class XAttention(XAttentionFields, DynamicPattern):
         # Inside a tile the queries run backwards: that pairs them along the antidiagonal.
         queries = run_means(q, place, docs, self.pool, keys=False)
         queries = self._tiles(queries.unflatten(2, (-1, self.stride // self.pool)).flip(3).flatten(2, 3))
-        keys = self._tiles(keys)
+        # [B, Hkv, F, all tiles]: laid out once, so that a row's columns are a slice.
+        keys = self._tiles(keys).permute(1, 2, 4, 0, 3).flatten(3)
+        tiles = block // self.stride
         key_exists = run_exists(docs, self.stride, keys=True).to(q.device)
         query_exists = run_exists(docs, self.stride, keys=False).to(q.device)
         group = shape.num_heads // shape.num_kv_heads
@@ -58,7 +60,11 @@ class XAttention(XAttentionFields, DynamicPattern):
                 # The diagonal's pooled keys are of its last document, which may not be its queries'.
                 exists[-1] &= bool(docs[d].of_first[row] == docs[d].of_last[row])
                 scores = self._row_scores(
-                    queries[i, b], keys[low : row + 1, b], query_exists[row, d], exists, group
+                    queries[i, b],
+                    keys[b, ..., low * tiles : (row + 1) * tiles],
+                    query_exists[row, d],
+                    exists,
+                    group,
                 )
                 rows[i, b, :, low : row + 1] = keep_share(scores, self._forced(row, docs[d]), self.threshold)
         packed = yield Gather(pack_bits(rows.flatten(1, 2)), place.block_owner)
@@ -77,17 +83,14 @@ class XAttention(XAttentionFields, DynamicPattern):
     def _row_scores(
         self, queries: Tensor, keys: Tensor, query_exists: Tensor, key_exists: Tensor, group: int
     ) -> Tensor:
-        """Estimated attention of one row on its columns: [Hkv or Hq, C] from queries [Hq, m, F], keys [C,
-        Hkv, m, F].
+        """Estimated attention of one row on its columns, [Hkv or Hq, C].
+
+        queries [Hq, m, F], keys [Hkv, F, C * m], which tiles exist bool [m] and [C, m].
         """
-        tiles = keys.shape[2]
-        heads = keys.shape[1]
-        width = queries.shape[-1]
-        head_dim = width * self.pool // self.stride
+        tiles, heads, width = queries.shape[1], keys.shape[0], keys.shape[1]
+        runs = self.stride // self.pool
         grouped = queries.unflatten(0, (heads, group)).flatten(1, 2)
-        logits = torch.bmm(grouped, keys.permute(1, 3, 0, 2).flatten(2)) * (
-            self.pool / self.stride * head_dim**-0.5
-        )
+        logits = torch.bmm(grouped, keys) * ((width // runs) ** -0.5 / runs)
         logits = logits.view(heads, group, tiles, -1, tiles)
         hidden = ~key_exists[None].expand(tiles, -1, -1).clone()
         hidden[:, -1] |= torch.ones(tiles, tiles, dtype=torch.bool, device=keys.device).triu(1)
