@@ -1,4 +1,4 @@
-"""One tensor's payload and its bytes. The parser trusts nothing: sizes, ranges, scales and digest are checked.
+"""One tensor's payload and its bytes. The parser trusts nothing: sizes, ranges, scales, digest are checked.
 
 Layout, little endian: header | dims u64 x ndim | scales f16 | values | indices (unary, remainders) | digest.
 `values` is one bit, two bit planes, or raw floats each. `digest` is BLAKE2b-64 over all that precedes it; it
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltrain.sync.bits import BitError, RiceStream, fields_size, pack_fields, rice_decode, rice_encode
+from ltrain.sync.bits import BitError, RiceStream, fields_size, rice_decode, rice_encode
 from ltrain.sync.bits import unpack_fields as unpack
 from ltrain.sync.quantise import BITS, EXPONENTS
 from ltrain.sync.topk import Chunking
