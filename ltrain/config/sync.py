@@ -20,7 +20,8 @@ class Peers(Section):
     """`host:port` of the rendezvous service (`ltrain sync-rendezvous`)."""
 
     token_file: str
-    """File with the secret that every process of the run shares; at least 16 bytes, not readable by others."""
+    """File with the secret that every process of the run shares: at least 16 bytes, readable by its owner
+    only."""
 
     replica: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     """Name of this replica; unique in the run, kept over restarts."""
@@ -81,7 +82,7 @@ class _Rounds(Section):
 
 
 class DiLoCo(_Rounds):
-    """Local steps, then dense averaging of the pseudo-gradients and an outer Nesterov step (arXiv 2311.08105)."""
+    """Local steps, then dense averaging of pseudo-gradients and an outer Nesterov step (arXiv 2311.08105)."""
 
     kind: Literal["diloco"] = "diloco"
 
@@ -167,7 +168,9 @@ def check_sync(config: EveryStep | DiLoCo | SparseLoCo) -> None:
 
 def _check_sparse(config: SparseLoCo) -> None:
     if config.adapt and config.target_round_s is None:
-        raise ConfigError("sync.target_round_s", None, "must be given with adapt", "say how long a round may take")
+        raise ConfigError(
+            "sync.target_round_s", None, "must be given with adapt", "say how long a round may take"
+        )
     if config.target_round_s is not None and not config.adapt:
         raise ConfigError("sync.target_round_s", config.target_round_s, "has an effect only with adapt: true")
     if config.adapt and config.min_density > config.density:
@@ -180,7 +183,10 @@ def _check_sparse(config: SparseLoCo) -> None:
         )
     if config.density * config.chunk < 1.0:
         raise ConfigError(
-            "sync.density", config.density, f"must keep one of {config.chunk} entries", f"use {1 / config.chunk}"
+            "sync.density",
+            config.density,
+            f"must keep one of {config.chunk} entries",
+            f"use {1 / config.chunk}",
         )
     if config.density == 1.0 and config.bits in (1, 2) and config.error_decay == 0.0:
         raise ConfigError("sync.error_decay", 0.0, "must be above 0 where all entries are quantised")

@@ -1,4 +1,4 @@
-"""The outer update from the contributions of a round: the same bits on every replica, in any order of arrival.
+"""The outer update from the contributions of a round: the same bits everywhere, in any order of arrival.
 
 Contributions are added in order of replica name, in float32, with one rounding an operation (no fused
 multiply-add), and every data-dependent factor comes from integers or exactly rounded sums. Devices and thread
@@ -77,7 +77,7 @@ def aggregate(
         total[positions] = total[positions] + values.to(device)
         senders[positions] = senders[positions] + 1
     if rule == "mean":
-        total /= len(names)
+        total.mul_(1.0 / len(names))
     else:
         total /= senders.clamp(min=1)
     num_values = sum(len(values) for _, values in parts)

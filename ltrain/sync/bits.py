@@ -71,9 +71,7 @@ def rice_encode(numbers: np.ndarray) -> RiceStream:
     ends = np.cumsum((numbers >> rice) + 1) - 1
     bits = np.zeros(int(ends[-1]) + 1, dtype=np.uint8)
     bits[ends] = 1
-    return RiceStream(
-        rice, np.packbits(bits).tobytes(), pack_fields(numbers & ((1 << rice) - 1), rice)
-    )
+    return RiceStream(rice, np.packbits(bits).tobytes(), pack_fields(numbers & ((1 << rice) - 1), rice))
 
 
 def rice_decode(stream: RiceStream, count: int) -> np.ndarray:

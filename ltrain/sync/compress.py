@@ -10,9 +10,7 @@ from ltrain.sync.payload import Payload
 from ltrain.sync.topk import Chunking, select
 
 
-def compress(
-    x: Tensor, *, density: float, bits: int = 2, chunk: int = 4096, square: bool = False
-) -> Payload:
+def compress(x: Tensor, *, density: float, bits: int = 2, chunk: int = 4096, square: bool = False) -> Payload:
     """Keep the round(density x chunk) largest magnitudes of every chunk, each in `bits` bits.
 
     bits 2 is the published table, 1 a sign with a float16 scale a chunk, 16 bfloat16, 32 the value itself.

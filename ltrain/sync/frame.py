@@ -1,4 +1,4 @@
-"""A replica's contribution to a round for one shard of the parameters: the payloads of its tensors, as bytes."""
+"""A replica's contribution to a round for one shard of the parameters: its tensors' payloads, as bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state between rounds: global parameters, error buffers, outer momentum, and the two halves of a round."""
+"""The state between rounds: global parameters, error buffers, outer momentum; the two halves of a round."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ class OuterState:
             if name in self.error:
                 squares["residual"] += _square(self.error[name])
             if self.delayed:
-                # All own progress is kept until the update of this round arrives.
-                self.start[name].copy_(p)
+                # Own progress is kept: the next steps start where theta and this progress put them.
+                self.start[name].copy_(self.theta[name] - delta)
+                p.copy_(self.start[name])
         drift = math.sqrt(squares["drift"] / squares["theta"]) if squares["theta"] else 0.0
         self.norms = {"drift": drift, "residual_norm": math.sqrt(squares["residual"])}
         return self._sent
@@ -103,8 +104,8 @@ class OuterState:
     def apply(self, contributions: dict[str, dict[str, Payload]]) -> dict[str, float]:
         """Move theta by the contributions of a round, {replica: {name: payload}}, and count the round.
 
-        No contributions leave theta as it is. Without delay the parameters become theta; with it, theta plus
-        this rank's progress since its own contribution. Returns the mean outer rate and overlap.
+        No contributions leave theta as it is. The parameters are not touched: `reset_parameters` follows, or,
+        with delayed updates, the next `contribute`. Returns the mean outer rate and overlap.
         """
         rates, overlaps = [], []
         for name, theta in self.theta.items():
@@ -143,14 +144,8 @@ class OuterState:
         """Start the next inner steps from theta."""
         for name, p in self.parameters.items():
             p.copy_(self.theta[name])
-
-    @torch.no_grad()
-    def rebase(self) -> None:
-        """With delayed updates: parameters become theta less the progress made since `start`."""
-        for name, p in self.parameters.items():
-            progress = self.start[name] - p.detach().to(torch.float32)
-            self.start[name].copy_(self.theta[name] - progress)
-            p.copy_(self.start[name])
+            if self.delayed:
+                self.start[name].copy_(self.theta[name])
 
     def digest(self) -> str:
         """SHA-256 over theta, in order of name: equal on all replicas after every round."""
@@ -167,9 +162,6 @@ class OuterState:
         for name, tensor in self.global_state().items():
             tensor.copy_(tensors[name])
         self.round = round_
-        if self.delayed:
-            for name, tensor in self.theta.items():
-                self.start[name].copy_(tensor)
         self.reset_parameters()
         self._sent = {}
 
@@ -216,5 +208,5 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(name.encode())
-        total.update(memoryview(tensors[name].cpu().contiguous().numpy()).cast("B"))
+        total.update(tensors[name].cpu().contiguous().view(-1).numpy())
     return total.hexdigest()

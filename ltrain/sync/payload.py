@@ -104,9 +104,7 @@ class Payload:
             values = codes.numpy().astype("<f4").tobytes()
         stream = RiceStream(0, b"", b"") if chunking.dense else rice_encode(self._gaps())
         dims = struct.pack(f"<{len(chunking.shape)}Q", *chunking.shape)
-        length = (
-            _HEADER.size + len(dims) + len(scales) + len(values) + stream.nbytes + _DIGEST_BYTES
-        )
+        length = _HEADER.size + len(dims) + len(scales) + len(values) + stream.nbytes + _DIGEST_BYTES
         header = _HEADER.pack(
             _MAGIC, _VERSION, self.bits, flags, _DTYPES.index(self.dtype), len(chunking.shape),
             stream.rice, plane.rice, self.exponent, chunking.chunk, chunking.k,
