@@ -1,0 +1,124 @@
+"""Building a run: mesh, data, model, optimizer, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ltrain.attention.module import AttentionSettings, CoreAttention
+from ltrain.config.base import ConfigError
+from ltrain.config.schema import RunConfig
+from ltrain.data.loader import Corpus, Loader, held_out_rows, open_corpus
+from ltrain.data.tokenizer import Tokenizer
+from ltrain.model.build import build_model
+from ltrain.model.language_model import LanguageModel
+from ltrain.model.spec import ModelSpec
+from ltrain.model.weights import import_model
+from ltrain.parallel.mesh import Mesh, init_mesh
+from ltrain.train.assignment import StaticAssignment
+from ltrain.train.checkpoint.manager import CheckpointManager
+from ltrain.train.evaluate import position_buckets
+from ltrain.train.optimizer import build_optimizer
+from ltrain.train.plan import check_run, run_folder
+from ltrain.train.run import Run
+from ltrain.train.step import wrap_ddp
+
+log = logging.getLogger("ltrain")
+
+
+def build_run(config: RunConfig) -> Run:
+    """Build all parts of a run on this rank, at step 0. Collective over the default group."""
+    parallel, train = config.parallel, config.train
+    plan = check_run(config, dist.get_world_size())
+    mesh = init_mesh(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context.degree,
+        timeout_s=train.timeout_s,
+    )
+    corpus = open_corpus_once(config, plan.tokenizer)
+    model = build_language_model(config, plan.spec, mesh)
+    ddp = wrap_ddp(
+        model, distributed_optimizer=config.optimizer.distributed, overlap=parallel.overlap_grad_reduce
+    )
+    held_out = held_out_rows(
+        config.data,
+        corpus,
+        seq_len=train.seq_len,
+        max_tokens=config.eval.max_tokens,
+        min_tokens=config.eval.min_document_tokens,
+    )
+    return Run(
+        config=config,
+        folder=run_folder(config),
+        mesh=mesh,
+        spec=plan.spec,
+        model=model,
+        ddp=ddp,
+        optimizer=build_optimizer(config.optimizer, [ddp], bf16=train.dtype == "bf16"),
+        loader=Loader(
+            config.data,
+            corpus,
+            seq_len=train.seq_len,
+            tokens_per_step=train.tokens_per_step,
+            seed=config.run.seed,
+        ),
+        held_out=held_out,
+        buckets=position_buckets(train.seq_len, config.eval.buckets),
+        assignment=StaticAssignment(parallel.context, mesh),
+        checkpoints=CheckpointManager(
+            run_folder(config) / "checkpoints",
+            keep=config.checkpoint.keep,
+            asynchronous=config.checkpoint.asynchronous,
+            timeout_s=train.timeout_s,
+        ),
+        tokenizer=plan.tokenizer,
+    )
+
+
+def open_corpus_once(config: RunConfig, tokenizer: Tokenizer) -> Corpus:
+    """Open the data on all ranks, the first of which tokenises what is not in the cache yet."""
+    outcome: list[Any] = [None]
+    corpus = None
+    if dist.get_rank() == 0:
+        try:
+            corpus = open_corpus(config.data, tokenizer)
+        except ConfigError as error:
+            outcome[0] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
+    return corpus or open_corpus(config.data, tokenizer)
+
+
+def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
+    """This rank's stage and shard of the model, with the weights of its source."""
+    settings = AttentionSettings(
+        rope=spec.rope,
+        windows=spec.windows,
+        schedule=config.parallel.context.schedule,
+        tensor_rank=mesh.tensor.rank,
+    )
+    model = build_model(
+        spec,
+        core_attention=partial(CoreAttention, settings=settings),
+        tensor=mesh.tensor.size,
+        pipeline=mesh.pipeline.size,
+        context=mesh.context.size,
+        sequence_parallel=config.parallel.sequence_parallel,
+        dtype=torch.bfloat16 if config.train.dtype == "bf16" else torch.float32,
+        pre_process=mesh.is_first_stage,
+        post_process=mesh.is_last_stage,
+        variable_seq_lengths=mesh.pipeline.size > 1,
+        model_class=LanguageModel,
+        real_vocab_size=spec.vocab_size,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+        z_loss=config.train.z_loss,
+    )
+    model.to(mesh.device)
+    import_model(model, spec, mesh, seed=config.run.seed)
+    return model
