@@ -58,8 +58,8 @@ class Exchange(Protocol):
 
     replica: str
 
-    def join(self, round_: int, digests: dict[str, str]) -> Snapshot | None:
-        """Enter the run with a state of `round_`; a snapshot if the run is elsewhere."""
+    def join(self, round_: int, digests: dict[str, str]) -> Outcome | None:
+        """Enter the run with a state of `round_`; what to apply first if the run is elsewhere."""
 
     def start(self, round_: int, frames: dict[str, bytes], notes: dict[str, Any]) -> None:
         """Send the frames of a round by shard; returns at once."""
@@ -110,7 +110,7 @@ class LocalExchange:
         self.hub, self.replica = hub, replica
         self._round = 0
 
-    def join(self, round_: int, digests: dict[str, str]) -> Snapshot | None:
+    def join(self, round_: int, digests: dict[str, str]) -> Outcome | None:
         return None
 
     def start(self, round_: int, frames: dict[str, bytes], notes: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ class RoundSync(Replica):
     ) -> None:
         self.config, self.identity, self.exchange = config, identity, exchange
         self.outer = OuterState(config, parameters)
+        # A joining replica may ask for the state while a round is applied.
+        self._lock = threading.Lock()
         self.steps_per_round = config.steps_per_round
         self.steps_done = 0
         self._pending: dict[str, bytes] | None = None
@@ -146,9 +149,10 @@ class RoundSync(Replica):
         if self._joined:
             return
         self._joined = True
-        snapshot = self.exchange.join(self.outer.round, self._digests())
-        if snapshot is not None:
-            self.outer.load_global_state(snapshot.tensors, snapshot.round)
+        outcome = self.exchange.join(self.outer.round, self._digests())
+        if outcome is not None:
+            self._apply(outcome)
+            self.outer.reset_parameters()
             self.steps_done, self._pending = 0, None
             self.exchange.applied(self.outer.round, self._digests())
         if self._pending is not None:
@@ -192,18 +196,23 @@ class RoundSync(Replica):
         included = any(self._has_own(commit, sent_round) for commit in outcome.commits)
         if not included:
             self.outer.missed()
-        if outcome.snapshot is not None:
-            self.outer.load_global_state(outcome.snapshot.tensors, outcome.snapshot.round)
-        for commit in outcome.commits:
-            if commit.round != self.outer.round:
-                raise RuntimeError(f"commit of round {commit.round} cannot follow round {self.outer.round}")
-            outcome.metrics |= self.outer.apply(commit.contributions)
-            outcome.metrics["peers"] = len(commit.contributions)
-            self._follow(commit)
+        self._apply(outcome)
         outcome.metrics["included"] = float(included)
         self._pending = None
         self.exchange.applied(self.outer.round, self._digests())
         return outcome
+
+    def _apply(self, outcome: Outcome) -> None:
+        if outcome.snapshot is not None:
+            with self._lock:
+                self.outer.load_global_state(outcome.snapshot.tensors, outcome.snapshot.round)
+        for commit in outcome.commits:
+            if commit.round != self.outer.round:
+                raise RuntimeError(f"commit of round {commit.round} cannot follow round {self.outer.round}")
+            with self._lock:
+                outcome.metrics |= self.outer.apply(commit.contributions)
+            outcome.metrics["peers"] = len(commit.contributions)
+            self._follow(commit)
 
     def _has_own(self, commit: Commit, round_: int) -> bool:
         return commit.round == round_ and self.exchange.replica in commit.contributions
@@ -245,12 +254,12 @@ class RoundSync(Replica):
     def snapshot(self, shard: str) -> tuple[int, dict[str, Payload]]:
         """The global state of a shard for a replica that joins: exact, every tensor with its checksum."""
         names = set(self.identity.shards[shard])
-        shared = self.outer.global_state()
-        return self.outer.round, {
-            key: compress(tensor, density=1.0, bits=32)
-            for key, tensor in shared.items()
-            if key.split("/", 1)[1] in names
-        }
+        with self._lock:
+            return self.outer.round, {
+                key: compress(tensor, density=1.0, bits=32)
+                for key, tensor in self.outer.global_state().items()
+                if key.split("/", 1)[1] in names
+            }
 
     def state_dict(self) -> dict[str, Any]:
         state = self.outer.state_dict()

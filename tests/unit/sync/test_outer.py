@@ -85,7 +85,7 @@ def test_sent_plus_kept_is_decayed_error_plus_progress(bits, blocks):
             assert torch.equal(state.error[name][unsent], a[unsent])
             assert torch.equal(state.error[name], a - sent[name])
             # One rounding of the subtraction, at the size of what was subtracted.
-            ulp = 2.0**-24 * torch.maximum(sent[name].abs(), a.abs()).double() + 2.0**-149
+            ulp = 2.0**-24 * (sent[name].abs() + a.abs()).double() + 2.0**-149
             lost = sent[name].double() + state.error[name].double() - a.double()
             assert bool((lost.abs() <= ulp).all())
             if bits == 32:
@@ -166,17 +166,17 @@ def test_gain_law():
 
 
 @pytest.mark.parametrize("rule", ["mean", "senders"])
-@pytest.mark.parametrize(("count", "density"), [(2, 1 / 16), (4, 1 / 16), (4, 1 / 64)])
+@pytest.mark.parametrize(("count", "density"), [(2, 1 / 8), (4, 1 / 8), (3, 1 / 16)])
 def test_gain_does_not_depend_on_replicas_density_or_rule(rule, count, density):
     """A constant drift of delta a round moves theta by gain x delta a round, once the buffers are full."""
-    config = SparseLoCo(density=density, bits=32, chunk=1024, aggregation=rule, gain=1.0, max_outer_lr=50.0)
+    config = SparseLoCo(density=density, bits=32, chunk=256, aggregation=rule, gain=1.0, max_outer_lr=50.0)
     generator = torch.Generator().manual_seed(0)
-    start = torch.zeros(8192)
-    drift = 1e-3 * (1 + 0.1 * torch.rand(8192, generator=generator))
+    start = torch.zeros(2048)
+    drift = 1e-3 * (1 + 0.1 * torch.rand(2048, generator=generator))
     states = [OuterState(config, {"w": start.clone()}) for _ in range(count)]
     for state in states:
-        state.error["w"].copy_(0.01 * torch.rand(8192, generator=generator))
-    rounds, at = 6 * round(1 / density), 0.0
+        state.error["w"].copy_(0.01 * torch.rand(2048, generator=generator))
+    rounds, at = 8 * round(1 / density), 0.0
     for step in range(rounds):
         for state in states:
             state.parameters["w"].sub_(drift)
