@@ -256,7 +256,7 @@ class Coordinator:
         return self.check(now)
 
     def check(self, now: float) -> list[Send]:
-        """Close the round if everyone is there, or the deadline has passed; also to be called now and then."""
+        """Close the round if everyone is there, or the deadline has passed; also called now and then."""
         if self.round is None or self.first_arrival is None:
             return []
         present = self._present()

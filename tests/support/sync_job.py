@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -36,6 +37,12 @@ def step(tensors: dict[str, torch.Tensor], replica: str, at: int) -> None:
         p.mul_(0.99).add_(noise, alpha=0.01)
 
 
+def _last_round(options: argparse.Namespace) -> int:
+    if os.path.exists(options.stop):
+        return int(Path(options.stop).read_text())
+    return options.rounds
+
+
 def run(arguments: list[str], log: str) -> None:
     """`main` in a process that was forked with everything imported; its output goes to the file `log`."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -47,7 +54,8 @@ def run(arguments: list[str], log: str) -> None:
 def main(argv: list[str]) -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("config", help="JSON: kind and fields of the method")
-    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--rounds", type=int, default=1_000_000)
+    arguments.add_argument("--stop", default="", help="file that will hold the last round")
     arguments.add_argument("--step-s", type=float, default=0.0)
     arguments.add_argument("--stages", default="stage0,stage1", help="shards that this rank owns")
     arguments.add_argument("--rank", type=int, default=0)
@@ -79,7 +87,7 @@ def main(argv: list[str]) -> None:
                 p.copy_(state["parameters"][name])
         sync.join()
         at = 0
-        while sync.outer.round < options.rounds:
+        while sync.outer.round < _last_round(options):
             step(own, peers.replica, sync.outer.round * 1000 + at)
             time.sleep(options.step_s)
             at += 1

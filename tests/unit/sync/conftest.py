@@ -45,10 +45,11 @@ class Lab:
                 "connect_timeout_s": 15.0, "max_wait_s": 20.0} | more  # fmt: skip
 
     def job(self, replica: str, *options: str, name: str | None = None, **fields) -> None:
-        config = {"kind": "sparse_loco", "steps_per_round": 2, "density": 0.05, "bits": 1} | fields
+        sparse = {"density": 0.05, "bits": 1} if fields.get("kind", "sparse_loco") == "sparse_loco" else {}
+        config = {"kind": "sparse_loco", "steps_per_round": 2} | sparse | fields
         config["peers"] = self.peers(replica) | fields.get("peers", {})
         name = name or replica
-        arguments = [json.dumps(config), *options]
+        arguments = [json.dumps(config), "--stop", str(self.folder / "stop"), *options]
         log = str(self.folder / f"{name}.out")
         process = _FORKS.Process(target=sync_job.run, args=(arguments, log), daemon=True)
         process.start()
@@ -73,6 +74,11 @@ class Lab:
         while (report := self.line(name)).get("round") != round_:
             assert "refused" not in report, report
         return report
+
+    def stop_after(self, round_: int) -> None:
+        """All replicas end after this round, which none has begun."""
+        (self.folder / "new").write_text(str(round_))
+        (self.folder / "new").rename(self.folder / "stop")
 
     def signal(self, name: str, number: int) -> None:
         os.kill(self.processes[name].pid, number)
