@@ -80,7 +80,7 @@ class WaitPolicy:
         return min(self.max_s, max(self.min_s, median + self.factor * deviation))
 
 
-Planner = Callable[[dict[str, dict[str, Any]]], dict[str, Any] | None]
+Planner = Callable[[dict[str, list[dict[str, Any]]]], dict[str, Any] | None]
 
 
 class Coordinator:
@@ -97,7 +97,7 @@ class Coordinator:
         self._arrivals: dict[str, _Arrival] = {}
         # (sender, shard) -> digest held, by receiving process.
         self._held: dict[tuple[str, str], dict[RankId, str]] = {}
-        self._notes: dict[str, dict[str, Any]] = {}
+        self._notes: dict[RankId, dict[str, Any]] = {}
         self._nudged = 0.0
 
     # Membership.
@@ -235,7 +235,7 @@ class Coordinator:
         arrival.frames |= message["frames"]
         arrival.digests |= message["digests"]
         arrival.ranks.add(who.rank)
-        self._notes[who.replica] = self._notes.get(who.replica, {}) | message["notes"]
+        self._notes[who] = message["notes"]
         if self.first_arrival is None:
             self.first_arrival = now
         return self.check(now)
@@ -334,7 +334,7 @@ class Coordinator:
         ]  # fmt: skip
         on_time += [n for n in self._expected() if self._rejected(n) and not self._missing_for(n, included)]
         self._learn_lateness(now)
-        plan = self.planner(self._notes) if self.planner is not None else None
+        plan = self._make_plan(on_time) if self.planner is not None else None
         record = {
             "round": self.round,
             "included": {name: self._arrivals[name].frames for name in included},
@@ -356,6 +356,14 @@ class Coordinator:
                     sends += self.synced(RankId(name, rank))
         self._clear_round()
         return sends
+
+    def _make_plan(self, names: list[str]) -> dict[str, Any] | None:
+        notes = {
+            name: [self._notes[RankId(name, rank)] for rank in sorted(self._arrivals[name].ranks)]
+            for name in names
+            if name in self._arrivals
+        }
+        return self.planner(notes) if self.planner is not None else None
 
     def _missing_for(self, receiver: str, included: list[str]) -> bool:
         member = self.members.get(receiver)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -232,11 +233,9 @@ class DataPlane:
         for sender in self._senders.values():
             sender.thread.join(timeout=2.0)
         self._closed = True
-        # Closing alone leaves accept() waiting in its thread.
-        try:
+        # Closing alone leaves accept() waiting, and accepting, in its thread.
+        with contextlib.suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            _log.debug("the listening socket was down already")
         self._server.close()
         with self._lock:
             channels = list(self._open)

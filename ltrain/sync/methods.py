@@ -188,7 +188,8 @@ class RoundSync(Replica):
         payloads = self.outer.contribute()
         frames = {s: write_frame(self.identity, s, self.outer.round, payloads) for s in self.identity.shards}
         self._pending = frames
-        self.exchange.start(self.outer.round, frames, {"step_s": step_s})
+        entries = sum(theta.numel() for theta in self.outer.theta.values())
+        self.exchange.start(self.outer.round, frames, {"step_s": step_s, "entries": entries})
 
     def _complete(self) -> Outcome:
         outcome = self.exchange.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -65,6 +66,9 @@ class Rendezvous:
     def close(self) -> None:
         """Stop serving; open connections are closed."""
         self._closed.set()
+        # Closing alone leaves accept() waiting, and accepting, in its thread.
+        with contextlib.suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
         with self._lock:
             for channel in self._channels.values():
