@@ -1,8 +1,8 @@
 """Choose local steps, density and bits from measured links: a small integer program, and its reasons.
 
-Progress is modelled in logarithms: a round of H steps at density k costs time max(compute + exchange), and a
-unit of training time is worth less the more local steps and the sparser the exchange. The penalties are
-fitted to losses of a small model (docs/benchmarks/sync.md): they order choices, they predict no loss.
+The objective is a loss in nats: so much for every doubling of the local steps and of the sparsity, so much
+for the time that the exchange adds to a step. The weights are set beside losses of a small model
+(docs/benchmarks/sync.md): they order choices, they predict no loss.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import pulp
 from ltrain.config.sync import SparseLoCo
 
 _STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 240)
-# Loss in nats for each doubling of H beyond 5, and of the time between two sends of a coordinate.
-_STEPS_PENALTY = 0.08
-_DENSITY_PENALTY = 0.025
-_TWO_BIT_BONUS = 0.002
+# Nats for each doubling of the local steps, and of the rounds between two sends of a coordinate.
+_STEPS_PENALTY = 0.02
+_DENSITY_PENALTY = 0.01
+_TWO_BIT_BONUS = 0.001
+# Nats for every compute time of a step that the exchange adds to it.
+_TIME_PENALTY = 0.1
 # No replica may send more than this many times what another sends: the mean would follow the denser ones.
 _MAX_RATIO = 4.0
 
@@ -57,7 +59,7 @@ def frame_bytes(entries: int, density: float, bits: int, chunk: int) -> float:
 
 
 def choices_for(config: SparseLoCo, entries: int) -> list[Choice]:
-    """The codecs between `min_density` and `density`, by halves; one and two bits, or the configured width."""
+    """The codecs between `min_density` and `density`, by halves; one and two bits, or the given width."""
     densities, density = [], config.density
     while density >= config.min_density * 0.999:
         densities.append(density)
@@ -73,13 +75,14 @@ def solve(
     step_s: dict[str, float],
     up_bytes_s: dict[str, float],
     down_bytes_s: dict[str, float],
+    fixed_s: float = 0.0,
 ) -> Decision:
     """Maximise modelled progress subject to a round, compute and exchange, within `target_round_s`.
 
     step_s: seconds of an inner step by replica; up_bytes_s, down_bytes_s: goodput of its links; entries:
-    parameters of the model. A replica sends its frame to each other replica over its uplink and receives
-    theirs over its downlink; both run at once, during compute when rounds overlap. When no choice meets the
-    target, the fastest round is taken and the reason says so.
+    parameters of the model; fixed_s: time of a round whatever its size. A replica sends its frame to each
+    other replica over its uplink and receives theirs over its downlink; both run at once, during compute when
+    rounds overlap. When no choice meets the target, the fastest round is taken and the reason says so.
     """
     replicas = sorted(step_s)
     options = choices_for(config, entries)
@@ -104,9 +107,10 @@ def solve(
         problem += exchange_s >= nbytes[r] * ((len(replicas) - 1) / up_bytes_s[r])
         others = pulp.lpSum(nbytes[other] for other in replicas if other != r)
         problem += exchange_s >= others * (1.0 / down_bytes_s[r])
-    compute_s = pulp.lpSum(h * max(step_s.values()) * take[h] for h in steps)
+    slowest_s = max(step_s.values())
+    compute_s = pulp.lpSum(h * slowest_s * take[h] for h in steps)
     if config.overlap == "none":
-        problem += compute_s + exchange_s <= config.target_round_s + over
+        problem += compute_s + exchange_s + fixed_s <= config.target_round_s + over
     else:
         problem += compute_s <= config.target_round_s + over
         problem += exchange_s <= config.target_round_s + over
@@ -117,21 +121,31 @@ def solve(
                     for other in replicas:
                         if r != other:
                             problem += pick[r, i] + pick[other, j] <= 1
-    # Time lost to the exchange, relative to compute, counts like progress not made.
+    # exchange_s / H is a product: one variable for every H, that counts only where this H is taken.
+    longest = (
+        max(o.nbytes for o in options) * len(replicas) / min([*up_bytes_s.values(), *down_bytes_s.values()])
+    )
+    added_s = []
+    for h in steps:
+        share = pulp.LpVariable(f"exchange_s_{h}", lowBound=0)
+        problem += share >= exchange_s - longest * (1 - take[h])
+        hidden = h * slowest_s if config.overlap == "delayed" else 0.0
+        beyond = pulp.LpVariable(f"beyond_s_{h}", lowBound=0)
+        problem += beyond >= share + (fixed_s - hidden) * take[h]
+        added_s.append(beyond * (1.0 / (h * slowest_s)))
     lost = pulp.lpSum(
-        [_STEPS_PENALTY * max(0.0, math.log2(h / 5)) * take[h] for h in steps]
+        [_STEPS_PENALTY * math.log2(h / steps[0]) * take[h] for h in steps]
         + [
-            _codec_penalty(option, config) / len(replicas) * pick[r, i]
+            _codec_penalty(o, config) / len(replicas) * pick[r, i]
             for r in replicas
-            for i, option in enumerate(options)
+            for i, o in enumerate(options)
         ]
     )
-    idle = exchange_s * (1.0 / config.target_round_s)
-    problem += lost + 0.5 * idle + 1e4 * over * (1.0 / config.target_round_s)
+    problem += lost + _TIME_PENALTY * pulp.lpSum(added_s) + 1e4 * over * (1.0 / config.target_round_s)
     problem.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=10))
     chosen_steps = max(steps, key=lambda h: take[h].value() or 0.0)
     chosen = {r: options[max(range(len(options)), key=lambda i: pick[r, i].value() or 0.0)] for r in replicas}
-    return _explain(config, chosen_steps, chosen, step_s, up_bytes_s, down_bytes_s)
+    return _explain(config, chosen_steps, chosen, step_s, up_bytes_s, down_bytes_s, fixed_s)
 
 
 def _codec_penalty(option: Choice, config: SparseLoCo) -> float:
@@ -157,15 +171,18 @@ def _explain(
     step_s: dict[str, float],
     up_bytes_s: dict[str, float],
     down_bytes_s: dict[str, float],
+    fixed_s: float,
 ) -> Decision:
     times = exchange_times({r: c.nbytes for r, c in chosen.items()}, up_bytes_s, down_bytes_s)
     compute_s = steps * max(step_s.values())
     slowest = max(times, key=lambda r: times[r])
-    round_s = compute_s + times[slowest] if config.overlap == "none" else max(compute_s, times[slowest])
+    round_s = (
+        compute_s + times[slowest] + fixed_s if config.overlap == "none" else max(compute_s, times[slowest])
+    )
     codecs = ", ".join(f"{r} {c.density:.4f} at {c.bits} bit" for r, c in chosen.items())
     reason = (
-        f"{steps} steps ({compute_s:.1f} s), {codecs}; the exchange takes {times[slowest]:.1f} s, bound by "
-        f"{slowest} (up {8e-6 * up_bytes_s[slowest]:.0f}, down {8e-6 * down_bytes_s[slowest]:.0f} Mbit/s)"
+        f"{steps} steps ({compute_s:.1f} s), {codecs}; the exchange takes {times[slowest]:.1f} + {fixed_s:.1f} s, "
+        f"bound by {slowest} (up {8e-6 * up_bytes_s[slowest]:.0f}, down {8e-6 * down_bytes_s[slowest]:.0f} Mbit/s)"
     )
     assert config.target_round_s is not None
     if round_s > config.target_round_s * 1.001:
@@ -190,7 +207,7 @@ class LinkPlanner:
         try:
             return self._plan(notes)
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
-            # A replica whose notes cannot be used leaves the plan as it is; it is refused nothing else for it.
+            # A replica whose notes cannot be used leaves the plan as it is.
             return None
 
     def _plan(self, notes: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
@@ -206,12 +223,18 @@ class LinkPlanner:
         # What a replica can send or take in all is at least its best single link.
         up = {r: max(links[r, other] for other in replicas if other != r) for r in replicas}
         down = {r: max(links[other, r] for other in replicas if other != r) for r in replicas}
+        sizes = {r: float(sum(note["frame_bytes"] for note in notes[r])) for r in replicas}
+        exchange = max(exchange_times(sizes, up, down).values())
         decision = solve(
             self.config,
             entries=int(max(sum(note["entries"] for note in ranks) for ranks in notes.values())),
             step_s={r: max(float(note["step_s"]) for note in notes[r]) for r in replicas},
             up_bytes_s=up,
             down_bytes_s=down,
+            # What the last rounds took beyond their bytes: coding, waiting, applying.
+            fixed_s=max(
+                0.0, min(float(note["round_s"]) for ranks in notes.values() for note in ranks) - exchange
+            ),
         )
         return {
             "steps": decision.steps,

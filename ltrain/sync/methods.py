@@ -143,6 +143,7 @@ class RoundSync(Replica):
         self._joined = False
         self._began = time.perf_counter()
         self._reason = ""
+        self._round_s = 0.0
 
     def join(self) -> None:
         """Enter the run, before the first step and after `load_state_dict`; fetches the state if behind."""
@@ -172,24 +173,33 @@ class RoundSync(Replica):
         if not self.outer.delayed:
             outcome = self._complete()
             self.outer.reset_parameters()
-        report = self._report(outcome, began, step_s) if outcome is not None else None
+        self._round_s = time.perf_counter() - began
+        report = self._report(outcome, began) if outcome is not None else None
         self._began = time.perf_counter()
         return report
 
     def finish(self) -> SyncReport | None:
-        if self._pending is None:
+        began, outcome = time.perf_counter(), None
+        if self._pending is not None:
+            outcome = self._complete()
+        if self.steps_done:
+            # The last steps fill no round: they are exchanged all the same.
+            self.steps_done = 0
+            self._send(0.0)
+            outcome = self._complete()
+        if outcome is None:
             return None
-        began = time.perf_counter()
-        outcome = self._complete()
         self.outer.reset_parameters()
-        return self._report(outcome, began, 0.0)
+        return self._report(outcome, began)
 
     def _send(self, step_s: float) -> None:
         payloads = self.outer.contribute()
         frames = {s: write_frame(self.identity, s, self.outer.round, payloads) for s in self.identity.shards}
         self._pending = frames
         entries = sum(theta.numel() for theta in self.outer.theta.values())
-        self.exchange.start(self.outer.round, frames, {"step_s": step_s, "entries": entries})
+        self.exchange.start(
+            self.outer.round, frames, {"step_s": step_s, "entries": entries, "round_s": self._round_s}
+        )
 
     def _complete(self) -> Outcome:
         outcome = self.exchange.finish()
@@ -236,7 +246,7 @@ class RoundSync(Replica):
             for shard, names in self.identity.shards.items()
         }
 
-    def _report(self, outcome: Outcome, began: float, step_s: float) -> SyncReport:
+    def _report(self, outcome: Outcome, began: float) -> SyncReport:
         entries = sum(theta.numel() for theta in self.outer.theta.values())
         metrics = outcome.metrics | self.outer.norms
         metrics |= {

@@ -26,7 +26,7 @@ from ltrain.config.sync import DiLoCo, SparseLoCo
 from ltrain.parallel.stage_link import StageLink, Subspace, SubspaceLink
 from ltrain.sync.outer import OuterState
 
-HIDDEN, LAYERS, HEADS, CONTEXT, VOCAB = 128, 4, 4, 64, 256
+HIDDEN, LAYERS, HEADS, CONTEXT, VOCAB = 128, 2, 4, 64, 256
 
 
 class Block(nn.Module):
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two stages of two layers; `link` stands on the boundary between them."""
+    """Two stages of one layer; `link` stands on the boundary between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,13 +198,13 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--pretrain", type=int, default=600)
-    parser.add_argument("--h", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--pretrain", type=int, default=400)
+    parser.add_argument("--h", type=int, default=5)
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--pretrain-lr", type=float, default=3e-3)
+    parser.add_argument("--pretrain-lr", type=float, default=4e-3)
     parser.add_argument("--eval-every", type=int, default=30)
     parser.add_argument("--rank", type=int, default=16, help="of the stage links, of 128")
     parser.add_argument("--only", default="", help="run the methods whose name contains this")
