@@ -28,7 +28,7 @@ from ltrain.sync.methods import RoundSync, build_sync
 from ltrain.sync.rendezvous import Rendezvous
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sync_quality import Corpus, Model, evaluate, loss_of, optimizer_of, rate, update
+from sync_quality import Corpus, Model, evaluate, loss_of, optimizer_of, pretrain, rate, update
 
 BRIDGE, NET = "lsync0", "10.77.0"
 SPARSE = {"aggregation": "senders", "gain": 1.0, "bits": 1}
@@ -181,10 +181,7 @@ def main() -> None:
     if not Path(args.start).exists():
         torch.manual_seed(0)
         model, corpus = Model(), Corpus(0)
-        optimizer = optimizer_of(model, 3e-3)
-        for step in range(args.pretrain):
-            loss_of(model, corpus.batch(-1 - step, 0, 16)).backward()
-            update(model, optimizer, rate(step, args.pretrain, 3e-3))
+        pretrain(model, corpus, args.pretrain, 3e-3)
         torch.save(model.state_dict(), args.start)
         print(f"start {evaluate(model, corpus.test()[:64]):.4f}", flush=True)
     speeds = [args.mbit] * args.replicas
