@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,7 +20,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
-from ltrain.model.language_model import LanguageModel
+from ltrain.config.model import LoraAdapter
+from ltrain.model.lora import LoraColumnParallelLinear, LoraRowParallelLinear
 from ltrain.model.spec import ModelSpec
 from ltrain.parallel.seam import cpu_seam, device, on_cpu
 
@@ -89,6 +92,8 @@ def transformer_config(
         "context_parallel_size": context,
         "sequence_parallel": sequence_parallel and tensor > 1,
         "variable_seq_lengths": variable_seq_lengths,
+        # mcore checks this although the model has no experts: the default refuses variable lengths.
+        "moe_token_dispatcher_type": "alltoall",
         "use_cpu_initialization": on_cpu(),
         "perform_initialization": False,
         "calculate_per_token_loss": True,
@@ -98,12 +103,21 @@ def transformer_config(
     return TransformerConfig(**{**fields, **options})
 
 
-def layer_spec(spec: ModelSpec, core_attention: Callable[..., nn.Module]) -> ModuleSpec:
+def layer_spec(
+    spec: ModelSpec, core_attention: Callable[..., nn.Module], lora: LoraAdapter | None = None
+) -> ModuleSpec:
     """One transformer layer of mcore's local modules around `core_attention`.
 
     `core_attention` is called as mcore calls `DotProductAttention`, by keyword: config, layer_number,
     attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection.
     """
+    targets = lora.targets if lora else ()
+    column = ModuleSpec(module=LoraColumnParallelLinear, params={"lora": lora})
+    row = ModuleSpec(module=LoraRowParallelLinear, params={"lora": lora})
+    proj: Any = RowParallelLinearWithBias if spec.o_bias else RowParallelLinear
+    if "o" in targets:
+        proj = ModuleSpec(module=LoraRowParallelLinear, params={"lora": lora, "always_bias": spec.o_bias})
+    qkv: Any = partial(LoraColumnParallelLinear, lora=lora) if "qkv" in targets else ColumnParallelLinear
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -112,9 +126,9 @@ def layer_spec(spec: ModelSpec, core_attention: Callable[..., nn.Module]) -> Mod
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=qkv,
                     core_attention=core_attention,
-                    linear_proj=RowParallelLinearWithBias if spec.o_bias else RowParallelLinear,
+                    linear_proj=proj,
                     q_layernorm=RMSNorm if spec.qk_norm else None,
                     k_layernorm=RMSNorm if spec.qk_norm else None,
                 ),
@@ -123,7 +137,10 @@ def layer_spec(spec: ModelSpec, core_attention: Callable[..., nn.Module]) -> Mod
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=column if "gate_up" in targets else ColumnParallelLinear,
+                    linear_fc2=row if "down" in targets else RowParallelLinear,
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -142,16 +159,17 @@ def build_model(
     post_process: bool = True,
     sequence_parallel: bool = False,
     variable_seq_lengths: bool = False,
-    core_attention_params: dict[str, Any] | None = None,
+    model_class: Callable[..., GPTModel] = GPTModel,
+    lora: LoraAdapter | None = None,
     options: dict[str, Any] | None = None,
-    loss_chunk_tokens: int = 1024,
-    z_loss: float = 0.0,
-) -> LanguageModel:
+    **model_arguments: Any,
+) -> GPTModel:
     """This pipeline stage of the model, on this process's device, with uninitialised matrices.
 
-    mcore's process groups must exist with the degrees given. `core_attention_params` are further arguments of
-    `core_attention`; `options` are further fields of `TransformerConfig`. Raises ConfigError where the
-    degrees don't divide the model. Fill it with `ltrain.model.weights.import_model`.
+    mcore's process groups must exist with the degrees given. `model_class` and `model_arguments` serve
+    subclasses of `GPTModel`; `lora` adds adapters; `options` are further fields of `TransformerConfig`.
+    Raises ConfigError where the degrees don't divide the model. Fill it with
+    `ltrain.model.weights.import_model`.
     """
     spec.check_parallel(tensor=tensor, pipeline=pipeline)
     config = transformer_config(
@@ -164,10 +182,10 @@ def build_model(
         variable_seq_lengths=variable_seq_lengths,
         **(options or {}),
     )
-    layer = layer_spec(spec, partial(core_attention, **(core_attention_params or {})))
+    layer = layer_spec(spec, core_attention, lora)
     stage_layers = spec.num_layers // pipeline
     with cpu_seam():
-        return LanguageModel(
+        model = model_class(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules([layer] * stage_layers, RMSNorm),
             vocab_size=spec.padded_vocab_size(tensor),
@@ -177,7 +195,21 @@ def build_model(
             parallel_output=True,
             share_embeddings_and_output_weights=spec.tie_embeddings,
             position_embedding_type="none",
-            real_vocab_size=spec.vocab_size,
-            loss_chunk_tokens=loss_chunk_tokens,
-            z_loss=z_loss,
+            **model_arguments,
         )
+    _mark_tensor_parallel(model)
+    return model
+
+
+def _mark_tensor_parallel(model: nn.Module) -> None:
+    """Set the marks of mcore's own initialisation, by which gradient norm and checkpoints know shards."""
+    for name, module in model.named_modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            dim = 0
+        elif isinstance(module, RowParallelLinear):
+            dim = 1
+        else:
+            continue
+        if module.weight is not None:
+            stride = 2 if name.endswith("linear_fc1") else 1
+            set_tensor_model_parallel_attributes(module.weight, True, dim, stride)

@@ -8,16 +8,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from ltrain.attention.module import AttentionSettings, CoreAttention
 from ltrain.config.base import ConfigError
+from ltrain.config.model import LoraAdapter
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Corpus, Loader, held_out_rows, open_corpus
 from ltrain.data.tokenizer import Tokenizer
 from ltrain.model.build import build_model
+from ltrain.model.freeze import freeze_parameters
 from ltrain.model.language_model import LanguageModel
+from ltrain.model.lora import init_adapter
 from ltrain.model.spec import ModelSpec
 from ltrain.model.weights import import_model
+from ltrain.parallel import seam
 from ltrain.parallel.mesh import Mesh, init_mesh
 from ltrain.train.assignment import StaticAssignment
 from ltrain.train.checkpoint.manager import CheckpointManager
@@ -40,6 +45,8 @@ def build_run(config: RunConfig) -> Run:
         context=parallel.context.degree,
         timeout_s=train.timeout_s,
     )
+    with seam.cpu_seam():
+        model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
     corpus = open_corpus_once(config, plan.tokenizer)
     model = build_language_model(config, plan.spec, mesh)
     ddp = wrap_ddp(
@@ -103,9 +110,13 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
         schedule=config.parallel.context.schedule,
         tensor_rank=mesh.tensor.rank,
     )
+    lora = config.model.adapter if isinstance(config.model.adapter, LoraAdapter) else None
     model = build_model(
         spec,
+        lora=lora,
         core_attention=partial(CoreAttention, settings=settings),
+        model_class=LanguageModel,
+        real_vocab_size=spec.vocab_size,
         tensor=mesh.tensor.size,
         pipeline=mesh.pipeline.size,
         context=mesh.context.size,
@@ -114,11 +125,12 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
         pre_process=mesh.is_first_stage,
         post_process=mesh.is_last_stage,
         variable_seq_lengths=mesh.pipeline.size > 1,
-        model_class=LanguageModel,
-        real_vocab_size=spec.vocab_size,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         z_loss=config.train.z_loss,
     )
     model.to(mesh.device)
     import_model(model, spec, mesh, seed=config.run.seed)
+    if lora is not None:
+        init_adapter(model, spec, lora, mesh, seed=config.run.seed)
+    freeze_parameters(model, spec, config.model, mesh)
     return model

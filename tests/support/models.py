@@ -1,11 +1,13 @@
 """Tiny models of every family, as `transformers` makes them and as we do."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from ltrain.model.build import build_model
+from ltrain.parallel.seam import cpu_seam
 from support.dense_attention import DenseAttention
 
 COMMON = {
@@ -43,6 +45,8 @@ VARIANTS = {
 
 def save_tiny(folder: Path, variant: str, *, dtype: torch.dtype = torch.float32, **overrides) -> Path:
     """Save a random model of a variant, every tensor random (biases and norms too); returns its folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.for_model(variant.split("-")[0], **{**COMMON, **VARIANTS[variant], **overrides})
     torch.manual_seed(len(variant))
     model = AutoModelForCausalLM.from_config(config)
@@ -56,10 +60,11 @@ def save_tiny(folder: Path, variant: str, *, dtype: torch.dtype = torch.float32,
 
 def build(spec, mesh, **arguments):
     """Our model of this rank, with dense attention."""
+    with cpu_seam():
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     return build_model(
         spec,
-        core_attention=DenseAttention,
-        core_attention_params={"rope": spec.rope, "windows": spec.windows},
+        core_attention=partial(DenseAttention, rope=spec.rope, windows=spec.windows),
         tensor=mesh.tensor.size,
         pipeline=mesh.pipeline.size,
         pre_process=mesh.is_first_stage,
@@ -70,6 +75,8 @@ def build(spec, mesh, **arguments):
 
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits fp32 [B, T, V] of a folder through `transformers`, with eager attention."""
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
         return model(tokens).logits.float()
