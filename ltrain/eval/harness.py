@@ -38,8 +38,8 @@ def run_harness(
     """Results by task, as the harness reports them, and its version.
 
     `lengths` are the sequence lengths of tasks that come in several (RULER). `include` is a folder of further
-    task files. Tasks fetch their data sets, so they need a network or a filled cache. Raises ConfigError where
-    the harness does not know a task or cannot get its data.
+    task files. Tasks fetch their data sets, so they need a network or a filled cache. Raises ConfigError
+    where the harness does not know a task or cannot get its data.
     """
     lm_eval = require_harness()
     from lm_eval.models.huggingface import HFLM

@@ -66,8 +66,8 @@ class EvalModel:
 
     @torch.no_grad()
     def losses(self, ids: list[int], prefix: Prefix | None = None) -> Tensor:
-        """Loss (nats) of every token that has one before it, fp32 on the CPU: [len(ids)] after a prefix (it is
-        used up), else [len(ids) - 1].
+        """Loss (nats) of every token that has one before it, fp32 on the CPU: [len(ids)] after a prefix (it
+        is used up), else [len(ids) - 1].
         """
         found = []
         logits = None if prefix is None else prefix.logits[None]
