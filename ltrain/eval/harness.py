@@ -71,6 +71,9 @@ def run_harness(
             fewshot_random_seed=seed,
             bootstrap_iters=0,
         )
+    except ImportError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError("--tasks", ", ".join(tasks), f"needs a further package: {reason}") from None
     except OSError as error:  # connection errors are OSErrors too
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         fix = "fill the cache of Hugging Face data sets where there is a network"
