@@ -7,15 +7,17 @@ memory.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 Group = dist.ProcessGroup | None
 
@@ -221,10 +223,27 @@ def channel(group: Group, purpose: str, members: Sequence[int] | None = None) ->
     parent = group if group is not None else dist.group.WORLD
     known = _communicators.setdefault(parent, {})
     if (purpose, ranks) not in known:
-        known[purpose, ranks] = dist.new_group(
-            [dist.get_global_rank(parent, rank) for rank in ranks],
-            backend=dist.get_backend_config(parent),
-            use_local_synchronization=True,
-            sort_ranks=False,
-        )
+        name = f"{parent.group_name}/{purpose}/{'_'.join(map(str, ranks))}"
+        with _named(name):
+            known[purpose, ranks] = dist.new_group(
+                [dist.get_global_rank(parent, rank) for rank in ranks],
+                backend=dist.get_backend_config(parent),
+                use_local_synchronization=True,
+                sort_ranks=False,
+            )
     return Channel(known[purpose, ranks], ranks, ranks.index(me))
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Lets `new_group` use `name`, which the members agree on.
+
+    With local synchronisation torch derives the name from the number of groups that a process has, so that
+    members with different numbers of groups wait for each other under different names forever.
+    """
+    original = distributed_c10d._hash_ranks_to_str
+    distributed_c10d._hash_ranks_to_str = lambda ranks: name  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        distributed_c10d._hash_ranks_to_str = original

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from ltrain.attention.schedules.all_gather import AllGather
 from ltrain.attention.schedules.base import Problem
 from ltrain.attention.schedules.engine import Schedule, TokenSharded
+from ltrain.attention.schedules.hierarchical import Hierarchical
+from ltrain.attention.schedules.nested_ring import NestedRing
+from ltrain.attention.schedules.nodes import Nodes
 from ltrain.attention.schedules.ring import Ring
 from ltrain.attention.schedules.ulysses import HeadExchange, HeadSharded, deal_heads, local_problem
 from ltrain.config.base import ConfigError
@@ -48,15 +51,66 @@ def _all_gather(problem: Problem, group: Group, node_size: int | None) -> Maker:
 
 
 def _ulysses(problem: Problem, group: Group, node_size: int | None) -> Maker:
+    size = problem.layout.world_size
+
     def make() -> Schedule:
-        deal = deal_heads(problem.num_q_heads, problem.num_kv_heads, problem.layout.world_size, None)
-        whole, order = problem.chunk(range(problem.layout.world_size))
-        heads = HeadExchange(channel(group, "heads"), list(problem.layout.lengths), order, deal)
-        mine = local_problem(problem, deal, heads.me)
-        alone = Channel(None, (heads.channel.ranks[heads.me],), 0)
-        return HeadSharded(heads, Ring(mine, [whole], whole, alone, alone))
+        me = rank_in(group)
+        alone = Channel(None, (me,), 0)
+        return _head_sharded(problem, Nodes(size, size), channel(group, "heads"), alone, alone)
 
     return make
+
+
+def _hierarchical(problem: Problem, group: Group, node_size: int | None) -> Maker:
+    nodes = Nodes.of(problem.layout.world_size, node_size, "hierarchical")
+
+    def make() -> Schedule:
+        queries, _ = problem.chunk([rank_in(group)])
+        kv, grad = nodes.channels(group, "kv"), nodes.channels(group, "grad")
+        return TokenSharded(Hierarchical(problem, nodes, queries, kv, grad))
+
+    return make
+
+
+def _nested_ring(problem: Problem, group: Group, node_size: int | None) -> Maker:
+    nodes = Nodes.of(problem.layout.world_size, node_size, "nested_ring")
+
+    def make() -> Schedule:
+        chunks = [problem.chunk([rank])[0] for rank in range(nodes.world_size)]
+        kv, grad = nodes.channels(group, "kv"), nodes.channels(group, "grad")
+        return TokenSharded(NestedRing(problem, nodes, chunks[rank_in(group)], chunks, kv, grad))
+
+    return make
+
+
+def _ulysses_ring(problem: Problem, group: Group, node_size: int | None) -> Maker:
+    nodes = Nodes.of(problem.layout.world_size, node_size, "ulysses_ring")
+
+    def make() -> Schedule:
+        node, lane = nodes.place(rank_in(group))
+        heads = channel(group, "heads", nodes.members(node))
+        kv, grad = (channel(group, f"{purpose} across", nodes.column(lane)) for purpose in ("kv", "grad"))
+        return _head_sharded(problem, nodes, heads, kv, grad)
+
+    return make
+
+
+def _head_sharded(
+    problem: Problem, nodes: Nodes, heads_channel: Channel, kv: Channel, grad: Channel
+) -> Schedule:
+    """Heads dealt inside a node, keys and values of whole nodes in a ring across nodes."""
+    lengths = problem.layout.lengths
+    chunks = [problem.chunk(nodes.members(node)) for node in range(nodes.count)]
+    chunk, order = chunks[kv.me]
+    deal = deal_heads(problem.num_q_heads, problem.num_kv_heads, nodes.lanes, problem.head_work())
+    heads = HeadExchange(
+        heads_channel,
+        [lengths[rank] for rank in nodes.members(kv.me)],
+        [rank % nodes.lanes for rank in order],
+        deal,
+    )
+    mine = local_problem(problem, deal, heads.me)
+    return HeadSharded(heads, Ring(mine, [c for c, _ in chunks], chunk, kv, grad))
 
 
 SCHEDULES: dict[str, Callable[[Problem, Group, int | None], Maker]] = {
@@ -64,4 +118,7 @@ SCHEDULES: dict[str, Callable[[Problem, Group, int | None], Maker]] = {
     "ring": _ring,
     "all_gather": _all_gather,
     "ulysses": _ulysses,
+    "hierarchical": _hierarchical,
+    "nested_ring": _nested_ring,
+    "ulysses_ring": _ulysses_ring,
 }
