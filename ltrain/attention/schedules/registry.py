@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from ltrain.attention.schedules.all_gather import AllGather
 from ltrain.attention.schedules.base import Problem
 from ltrain.attention.schedules.engine import Schedule, TokenSharded
+from ltrain.attention.schedules.halo import halo_blocks
 from ltrain.attention.schedules.hierarchical import Hierarchical
+from ltrain.attention.schedules.needed import Needed, needed_blocks
 from ltrain.attention.schedules.nested_ring import NestedRing
 from ltrain.attention.schedules.nodes import Nodes
 from ltrain.attention.schedules.ring import Ring
@@ -95,6 +99,22 @@ def _ulysses_ring(problem: Problem, group: Group, node_size: int | None) -> Make
     return make
 
 
+def _needed(problem: Problem, group: Group, node_size: int | None) -> Maker:
+    blocks = needed_blocks(problem)
+    return lambda: _of_blocks(problem, group, blocks, pairwise=False)
+
+
+def _halo(problem: Problem, group: Group, node_size: int | None) -> Maker:
+    blocks = halo_blocks(problem)
+    return lambda: _of_blocks(problem, group, blocks, pairwise=True)
+
+
+def _of_blocks(problem: Problem, group: Group, blocks: np.ndarray, pairwise: bool) -> Schedule:
+    queries, _ = problem.chunk([rank_in(group)])
+    kv, grad = channel(group, "kv"), channel(group, "grad")
+    return TokenSharded(Needed(problem, queries, kv, grad, blocks, pairwise))
+
+
 def _head_sharded(
     problem: Problem, nodes: Nodes, heads_channel: Channel, kv: Channel, grad: Channel
 ) -> Schedule:
@@ -121,4 +141,6 @@ SCHEDULES: dict[str, Callable[[Problem, Group, int | None], Maker]] = {
     "hierarchical": _hierarchical,
     "nested_ring": _nested_ring,
     "ulysses_ring": _ulysses_ring,
+    "halo": _halo,
+    "needed": _needed,
 }
