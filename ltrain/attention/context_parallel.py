@@ -20,6 +20,7 @@ from torch import Tensor
 from ltrain.attention.schedules.base import Problem
 from ltrain.attention.schedules.engine import Schedule
 from ltrain.attention.schedules.registry import SCHEDULES, build
+from ltrain.attention.schedules.verticals import Tiles
 from ltrain.config.base import ConfigError
 from ltrain.parallel.agreement import agree
 from ltrain.parallel.collectives import Group, Traffic, rank_in, size_of
@@ -37,6 +38,7 @@ def context_parallel_attention(
     index: BlockIndex,
     doc_ids: Tensor | None = None,
     window: int | None = None,
+    verticals: Tiles | None = None,
     schedule: str = "auto",
     scale: float | None = None,
     node_size: int | None = None,
@@ -51,6 +53,7 @@ def context_parallel_attention(
     index: blocks of `layout.block` tokens over the whole sequence in document order, equal on all ranks;
     causality is by token id. doc_ids: int [T] or [B, T] for the whole sequence; tokens attend within their
     document only. window: a query sees keys less than so many tokens before it (None: no limit).
+    verticals: single keys that each head attends beside its blocks, in tiles (`patterns.Verticals.tiles`).
     schedule: a name of `SCHEDULES`, or "auto". node_size: so many consecutive ranks of the group share a
     node; needed by the schedules that use it. scale: default 1 / sqrt(D). grad_wire: the type in which
     partial dK and dV travel to their owner, who sums them in fp32; default the type of k. traffic: a counter
@@ -73,6 +76,7 @@ def context_parallel_attention(
         index=index,
         doc_ids=doc_ids,
         window=window,
+        verticals=verticals,
         schedule=schedule,
         node_size=node_size,
     )
@@ -132,6 +136,7 @@ def plan_attention(
     index: BlockIndex,
     doc_ids: Tensor | None = None,
     window: int | None = None,
+    verticals: Tiles | None = None,
     schedule: str = "auto",
     node_size: int | None = None,
 ) -> Schedule:
@@ -141,7 +146,7 @@ def plan_attention(
     that share a static pattern. Raises as `context_parallel_attention`.
     """
     shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, k.dtype, v.dtype, str(q.device))
-    parts = (index, doc_ids, group)
+    parts = (index, doc_ids, group, verticals)
     key = (
         *(id(x) for x in parts),
         getattr(doc_ids, "_version", 0),
@@ -157,7 +162,7 @@ def plan_attention(
             _plans.move_to_end(key)
             return plan
         del _plans[key]
-    plan = _make_plan(q, k, v, layout, group, index, doc_ids, window, schedule, node_size)
+    plan = _make_plan(q, k, v, layout, group, index, doc_ids, window, verticals, schedule, node_size)
     _plans[key] = (tuple(None if x is None else weakref.ref(x) for x in parts), plan)
     while len(_plans) > _MAX_PLANS:
         _plans.popitem(last=False)
@@ -173,6 +178,7 @@ def _make_plan(
     index: BlockIndex,
     doc_ids: Tensor | None,
     window: int | None,
+    verticals: Tiles | None,
     schedule: str,
     node_size: int | None,
 ) -> Schedule:
@@ -192,6 +198,7 @@ def _make_plan(
             q.dtype,
             q.device,
             window,
+            verticals,
         )
         make = build(schedule, problem, group, node_size)
     except Exception as caught:
@@ -206,6 +213,7 @@ def _make_plan(
         "v": (v.shape[0], *v.shape[2:], v.dtype),
         "doc_ids": _digest(doc_ids),
         "index": index_digest(index),
+        "verticals": "none" if verticals is None else _digest(verticals.ids),
     }
     agree(group, facts, error, q.device)
     assert make is not None

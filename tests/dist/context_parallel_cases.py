@@ -16,6 +16,13 @@ from ltrain_kernels.block_sparse import BlockIndex
 
 
 @dataclass(frozen=True)
+class Tiles:
+    ids: torch.Tensor
+    index: BlockIndex
+    tile: int
+
+
+@dataclass(frozen=True)
 class Case:
     """One call. `heads_of_mask`: "one", "kv" or "query"; `docs`: document lengths, the last one takes the
     rest."""
@@ -37,6 +44,7 @@ class Case:
     seed: int = 0
     saved: bool = False
     grad_wire: torch.dtype | None = None
+    verticals: str = ""
 
     def make_layout(self, world: int) -> SequenceLayout:
         if self.layout == "dealt":
@@ -65,6 +73,34 @@ class Case:
             mask = torch.rand(1, heads, blocks, blocks, generator=generator) < 0.35
         return mask
 
+    def vertical_keys(self) -> torch.Tensor | None:
+        """Bool [B, Hs, T]: single keys of every kv ("kv") or query ("query") head."""
+        if not self.verticals:
+            return None
+        heads = self.kv_heads if self.verticals == "kv" else self.q_heads
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        return torch.rand(self.batch, heads, self.tokens, generator=generator) < 0.06
+
+    def tiles(self) -> Tiles | None:
+        """One key a tile; a row takes those before it whose block it hasn't selected."""
+        keys = self.vertical_keys()
+        if keys is None:
+            return None
+        batch, heads, _ = keys.shape
+        mask = self.block_mask()
+        blocks = mask.shape[-1]
+        found = [[keys[b, h].nonzero()[:, 0] for h in range(heads)] for b in range(batch)]
+        slots = max(len(ids) for row in found for ids in row)
+        ids = torch.full((batch, heads, slots), -1)
+        taken = torch.zeros(batch * heads, 1, blocks, slots, dtype=torch.bool)
+        for b in range(batch):
+            for h in range(heads):
+                own = found[b][h]
+                ids[b, h, : len(own)] = own
+                selected = mask[0, h * mask.shape[1] // heads]
+                taken[b * heads + h, 0, :, : len(own)] = ~selected[:, own // self.block]
+        return Tiles(ids, BlockIndex.from_mask(taken, self.block, 1), 1)
+
     def doc_ids(self) -> torch.Tensor | None:
         if not self.docs:
             return None
@@ -87,7 +123,13 @@ class Case:
     def reference(self) -> Reference:
         x = self.tensors()
         pairs = visible_pairs(
-            self.block_mask(), self.block, self.tokens, self.doc_ids(), self.batch, self.q_heads
+            self.block_mask(),
+            self.block,
+            self.tokens,
+            self.doc_ids(),
+            self.batch,
+            self.q_heads,
+            self.vertical_keys(),
         )
         return attention(x["q"], x["k"], x["v"], pairs, x["dout"], x["dlse"])
 
@@ -110,6 +152,7 @@ def run_case(case: Case, group: Any, rank: int, world: int) -> dict[str, Any]:
         "schedule": case.schedule,
         "node_size": case.node_size,
         "grad_wire": case.grad_wire,
+        "verticals": case.tiles(),
     }
     out, lse = context_parallel_attention(q, k, v, traffic=traffic, **options)
     forward_bytes = traffic.bytes_sent
@@ -188,6 +231,8 @@ VARIANTS = [
     replace(BASE, q_heads=5, kv_heads=5, tokens=160, docs=(1, 1, 60), layout="zigzag"),
     replace(BASE, pattern="nothing", tokens=64),
     replace(BASE, batch=2, saved=True, q_heads=4, kv_heads=4, heads_of_mask="query", value_dim=12),
+    replace(BASE, verticals="kv", docs=(70,), batch=2),
+    replace(BASE, verticals="query", heads_of_mask="query", q_heads=6, layout="zigzag", value_dim=5),
 ]
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from support.distributed import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
-from context_parallel_cases import assert_close, grid, run_case, run_sizes
+from context_parallel_cases import BASE, Case, assert_close, grid, run_case, run_sizes
 
-FLAT = ["ring", "all_gather", "ulysses"]
+FLAT = ["ring", "all_gather", "ulysses", "needed"]
 ON_NODES = ["hierarchical", "nested_ring", "ulysses_ring"]
+
+
+def windows() -> list[Case]:
+    base = replace(BASE, schedule="halo", pattern="window")
+    return [
+        replace(base, layout="contiguous", tokens=310, heads_of_mask="one"),
+        replace(base, layout="contiguous", tokens=400, heads_of_mask="query", docs=(40,), batch=2),
+        replace(base, layout="zigzag", tokens=700, verticals="kv"),
+    ]
 
 
 def test_one_rank_without_a_group() -> None:
@@ -25,7 +35,7 @@ def test_equals_single_process() -> None:
         3: grid(FLAT) + grid(ON_NODES, 3, [1, 3]),
         4: grid(FLAT, variants=[1, 4, 8]) + grid(ON_NODES, 2),
         5: grid(FLAT, variants=[1, 5]),
-        6: grid(ON_NODES, 2, [0, 1, 3, 6]) + grid(ON_NODES, 3, [1, 4]),
+        6: windows() + grid(ON_NODES, 2, [0, 1, 3, 6]) + grid(ON_NODES, 3, [1, 4]),
         7: grid(FLAT, variants=[3, 7]),
     }
     by_rank = run_ranks(run_sizes, 7, cases)

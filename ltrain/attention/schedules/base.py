@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -74,6 +74,7 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     window: int | None = None
+    verticals: Any = None
 
     @property
     def group_size(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ltrain.attention.schedules.all_gather import AllGather
-from ltrain.attention.schedules.base import Problem
+from ltrain.attention.schedules.base import Exchange, Problem
 from ltrain.attention.schedules.engine import Schedule, TokenSharded
 from ltrain.attention.schedules.halo import halo_blocks
 from ltrain.attention.schedules.hierarchical import Hierarchical
@@ -20,6 +20,7 @@ from ltrain.attention.schedules.nested_ring import NestedRing
 from ltrain.attention.schedules.nodes import Nodes
 from ltrain.attention.schedules.ring import Ring
 from ltrain.attention.schedules.ulysses import HeadExchange, HeadSharded, deal_heads, local_problem
+from ltrain.attention.schedules.verticals import WithVerticals
 from ltrain.config.base import ConfigError
 from ltrain.parallel.collectives import Channel, Group, channel, rank_in
 
@@ -34,11 +35,22 @@ def build(name: str, problem: Problem, group: Group, node_size: int | None) -> M
     return SCHEDULES[name](problem, group, node_size)
 
 
+def _tokens(problem: Problem, group: Group, exchange: Exchange) -> Schedule:
+    """The exchange with the pattern's verticals, if it has any."""
+    if problem.verticals is not None:
+        chunks = [problem.chunk([rank])[0] for rank in range(problem.layout.world_size)]
+        kv, grad = channel(group, "verticals"), channel(group, "grad of verticals")
+        exchange = WithVerticals(exchange, problem, chunks, kv, grad)
+    return TokenSharded(exchange)
+
+
 def _ring(problem: Problem, group: Group, node_size: int | None) -> Maker:
     def make() -> Schedule:
         chunks = [problem.chunk([rank])[0] for rank in range(problem.layout.world_size)]
         me = rank_in(group)
-        return TokenSharded(Ring(problem, chunks, chunks[me], channel(group, "kv"), channel(group, "grad")))
+        return _tokens(
+            problem, group, Ring(problem, chunks, chunks[me], channel(group, "kv"), channel(group, "grad"))
+        )
 
     return make
 
@@ -47,8 +59,10 @@ def _all_gather(problem: Problem, group: Group, node_size: int | None) -> Maker:
     def make() -> Schedule:
         whole, order = problem.chunk(range(problem.layout.world_size))
         queries, _ = problem.chunk([rank_in(group)])
-        return TokenSharded(
-            AllGather(problem, whole, order, queries, channel(group, "kv"), channel(group, "grad"))
+        return _tokens(
+            problem,
+            group,
+            AllGather(problem, whole, order, queries, channel(group, "kv"), channel(group, "grad")),
         )
 
     return make
@@ -71,7 +85,7 @@ def _hierarchical(problem: Problem, group: Group, node_size: int | None) -> Make
     def make() -> Schedule:
         queries, _ = problem.chunk([rank_in(group)])
         kv, grad = nodes.channels(group, "kv"), nodes.channels(group, "grad")
-        return TokenSharded(Hierarchical(problem, nodes, queries, kv, grad))
+        return _tokens(problem, group, Hierarchical(problem, nodes, queries, kv, grad))
 
     return make
 
@@ -82,7 +96,7 @@ def _nested_ring(problem: Problem, group: Group, node_size: int | None) -> Maker
     def make() -> Schedule:
         chunks = [problem.chunk([rank])[0] for rank in range(nodes.world_size)]
         kv, grad = nodes.channels(group, "kv"), nodes.channels(group, "grad")
-        return TokenSharded(NestedRing(problem, nodes, chunks[rank_in(group)], chunks, kv, grad))
+        return _tokens(problem, group, NestedRing(problem, nodes, chunks[rank_in(group)], chunks, kv, grad))
 
     return make
 
@@ -112,7 +126,7 @@ def _halo(problem: Problem, group: Group, node_size: int | None) -> Maker:
 def _of_blocks(problem: Problem, group: Group, blocks: np.ndarray, pairwise: bool) -> Schedule:
     queries, _ = problem.chunk([rank_in(group)])
     kv, grad = channel(group, "kv"), channel(group, "grad")
-    return TokenSharded(Needed(problem, queries, kv, grad, blocks, pairwise))
+    return _tokens(problem, group, Needed(problem, queries, kv, grad, blocks, pairwise))
 
 
 def _head_sharded(
@@ -130,7 +144,11 @@ def _head_sharded(
         deal,
     )
     mine = local_problem(problem, deal, heads.me)
-    return HeadSharded(heads, Ring(mine, [c for c, _ in chunks], chunk, kv, grad))
+    tokens = [c for c, _ in chunks]
+    inner: Exchange = Ring(mine, tokens, chunk, kv, grad)
+    if mine.verticals is not None and mine.num_q_heads:
+        inner = WithVerticals(inner, mine, tokens, kv, grad)
+    return HeadSharded(heads, inner)
 
 
 SCHEDULES: dict[str, Callable[[Problem, Group, int | None], Maker]] = {
