@@ -152,7 +152,6 @@ def _head_sharded(
 
 
 SCHEDULES: dict[str, Callable[[Problem, Group, int | None], Maker]] = {
-    "auto": _ring,
     "ring": _ring,
     "all_gather": _all_gather,
     "ulysses": _ulysses,
