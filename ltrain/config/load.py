@@ -115,10 +115,26 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
 def validate(tree: dict[str, Any]) -> RunConfig:
     """Check a configuration tree against the schema and the cross-field rules."""
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(_with_default_kinds(tree))
     except ValidationError as error:
-        faults = [_explain(item) for item in error.errors()]
+        items = error.errors()
+        # pydantic adds that a tuple is too short when what is wrong with its items has been said already.
+        deeper = {item["loc"][:-n] for item in items for n in range(1, len(item["loc"]))}
+        faults = [_explain(i) for i in items if i["type"] != "too_short" or i["loc"] not in deeper]
         raise faults[0] if len(faults) == 1 else Faults(faults) from None
+
+
+def _with_default_kinds(tree: dict[str, Any]) -> dict[str, Any]:
+    """Name the default kind in sections that set fields of it without naming it."""
+    named = dict(tree)
+    for name, info in RunConfig.model_fields.items():
+        section = tree.get(name)
+        if isinstance(section, dict) and "kind" not in section and not info.is_required():
+            default = info.get_default(call_default_factory=True, validated_data={})
+            kind = getattr(default, "kind", None)
+            if kind is not None:
+                named[name] = {"kind": kind, **section}
+    return named
 
 
 class Faults(ConfigError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
+from ltrain.config.model import LoraAdapter
+from ltrain.model.lora import LoraColumnParallelLinear, LoraRowParallelLinear
 from ltrain.model.spec import ModelSpec
 from ltrain.parallel.seam import cpu_seam, device, on_cpu
 
@@ -89,6 +92,8 @@ def transformer_config(
         "context_parallel_size": context,
         "sequence_parallel": sequence_parallel and tensor > 1,
         "variable_seq_lengths": variable_seq_lengths,
+        # mcore checks this although the model has no experts: the default refuses variable lengths.
+        "moe_token_dispatcher_type": "alltoall",
         "use_cpu_initialization": on_cpu(),
         "perform_initialization": False,
         "calculate_per_token_loss": True,
@@ -98,12 +103,21 @@ def transformer_config(
     return TransformerConfig(**{**fields, **options})
 
 
-def layer_spec(spec: ModelSpec, core_attention: Callable[..., nn.Module]) -> ModuleSpec:
+def layer_spec(
+    spec: ModelSpec, core_attention: Callable[..., nn.Module], lora: LoraAdapter | None = None
+) -> ModuleSpec:
     """One transformer layer of mcore's local modules around `core_attention`.
 
     `core_attention` is called as mcore calls `DotProductAttention`, by keyword: config, layer_number,
     attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection.
     """
+    targets = lora.targets if lora else ()
+    column = ModuleSpec(module=LoraColumnParallelLinear, params={"lora": lora})
+    row = ModuleSpec(module=LoraRowParallelLinear, params={"lora": lora})
+    proj: Any = RowParallelLinearWithBias if spec.o_bias else RowParallelLinear
+    if "o" in targets:
+        proj = ModuleSpec(module=LoraRowParallelLinear, params={"lora": lora, "always_bias": spec.o_bias})
+    qkv: Any = partial(LoraColumnParallelLinear, lora=lora) if "qkv" in targets else ColumnParallelLinear
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -112,9 +126,9 @@ def layer_spec(spec: ModelSpec, core_attention: Callable[..., nn.Module]) -> Mod
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=qkv,
                     core_attention=core_attention,
-                    linear_proj=RowParallelLinearWithBias if spec.o_bias else RowParallelLinear,
+                    linear_proj=proj,
                     q_layernorm=RMSNorm if spec.qk_norm else None,
                     k_layernorm=RMSNorm if spec.qk_norm else None,
                 ),
@@ -123,7 +137,10 @@ def layer_spec(spec: ModelSpec, core_attention: Callable[..., nn.Module]) -> Mod
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=column if "gate_up" in targets else ColumnParallelLinear,
+                    linear_fc2=row if "down" in targets else RowParallelLinear,
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -143,14 +160,16 @@ def build_model(
     sequence_parallel: bool = False,
     variable_seq_lengths: bool = False,
     model_class: Callable[..., GPTModel] = GPTModel,
+    lora: LoraAdapter | None = None,
     options: dict[str, Any] | None = None,
     **model_arguments: Any,
 ) -> GPTModel:
     """This pipeline stage of the model, on this process's device, with uninitialised matrices.
 
     mcore's process groups must exist with the degrees given. `model_class` and `model_arguments` serve
-    subclasses of `GPTModel`; `options` are further fields of `TransformerConfig`. Raises ConfigError where the
-    degrees don't divide the model. Fill it with `ltrain.model.weights.import_model`.
+    subclasses of `GPTModel`; `lora` adds adapters; `options` are further fields of `TransformerConfig`.
+    Raises ConfigError where the degrees don't divide the model. Fill it with
+    `ltrain.model.weights.import_model`.
     """
     spec.check_parallel(tensor=tensor, pipeline=pipeline)
     config = transformer_config(
@@ -163,7 +182,7 @@ def build_model(
         variable_seq_lengths=variable_seq_lengths,
         **(options or {}),
     )
-    layer = layer_spec(spec, core_attention)
+    layer = layer_spec(spec, core_attention, lora)
     stage_layers = spec.num_layers // pipeline
     with cpu_seam():
         model = model_class(

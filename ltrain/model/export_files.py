@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ltrain.config.base import ConfigError
+from ltrain.config.model import LoraAdapter
 from ltrain.model.families import FAMILIES
 from ltrain.model.families.base import read_json
-from ltrain.model.sharding import Shard
+from ltrain.model.sharding import hf_shapes
 from ltrain.model.sources import INDEX, SINGLE
 from ltrain.model.spec import ModelSpec
+from ltrain.model.tensors_out import TensorFiles
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
+ADAPTER = "adapter_model.safetensors"
 OLD_ROPE_FIELDS = ("rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 
@@ -40,74 +41,54 @@ def config_json(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
     return {**config, **spec.rope.to_hf(), "dtype": str(dtype).removeprefix("torch.")}
 
 
-class FolderWriter:
-    """Collects shards into tensors and writes each file when all its tensors are there.
+class _Folder:
+    """A folder that is made beside `folder` and takes its name in `publish`, once it is whole."""
 
-    Everything goes to a folder beside `folder`, which takes its name in `finish`.
-    """
+    marker = "config.json"
 
-    def __init__(
-        self,
-        folder: Path,
-        spec: ModelSpec,
-        shapes: dict[str, tuple[int, ...]],
-        dtype: torch.dtype,
-        max_file_bytes: int,
-    ) -> None:
-        self.folder, self.spec, self.dtype = folder, spec, dtype
-        if folder.exists() and (
-            not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())
-        ):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if occupied and not (folder / self.marker).exists():
             rule = "exists and is not a model folder, so it is not overwritten"
             raise ConfigError("export folder", str(folder), rule, "choose another place")
-        if spec.source is not None and folder.resolve() == spec.source.resolve():
-            raise ConfigError("export folder", str(folder), "is the folder that the model was read from")
         self.partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        self._shapes = shapes
-        self._file_of, self._left = plan_files(shapes, dtype.itemsize, max_file_bytes)
-        self._tensors: dict[str, Tensor] = {}
-        self._missing = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
 
-    def add(self, shard: Shard, value: Tensor) -> None:
-        """Take one parameter's shard; a slice that came before, from another copy, is not counted again."""
-        for piece in shard.pieces:
-            if self._missing[piece.name] == 0:
-                continue
-            if piece.name not in self._tensors:
-                self._tensors[piece.name] = torch.empty(self._shapes[piece.name], dtype=self.dtype)
-            length = piece.stop - piece.start
-            part = value.narrow(piece.dim, piece.offset, length)
-            self._tensors[piece.name].narrow(piece.dim, piece.start, length).copy_(part)
-            self._missing[piece.name] -= part.numel()
-            if self._missing[piece.name] == 0:
-                self._complete(piece.name)
+    def publish(self) -> None:
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.partial.rename(self.folder)
 
-    def _complete(self, name: str) -> None:
-        file = self._file_of[name]
-        self._left[file].discard(name)
-        if not self._left[file]:
-            tensors = {n: self._tensors.pop(n) for n, f in self._file_of.items() if f == file}
-            try:
-                save_file(tensors, self.partial / file, metadata={"format": "pt"})
-            except Exception as error:  # safetensors wraps the system's error
-                raise OSError(f"{self.partial / file} could not be written: {error}") from None
+    def abandon(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+class FolderWriter(_Folder):
+    """A model folder: hand the shards to `files`, then call `finish`."""
+
+    def __init__(self, folder: Path, spec: ModelSpec, dtype: torch.dtype, max_file_bytes: int) -> None:
+        if spec.source is not None and folder.resolve() == spec.source.resolve():
+            raise ConfigError("export folder", str(folder), "is the folder that the model was read from")
+        super().__init__(folder)
+        self.spec, self.dtype = spec, dtype
+        shapes = hf_shapes(spec)
+        file_of = plan_files(shapes, dtype.itemsize, max_file_bytes)
+        self.files = TensorFiles(self.partial, shapes, file_of, dtype)
 
     def finish(self, tokenizer: SavesTokenizer | None) -> None:
         """Write the small files and give the folder its name."""
-        assert not self._tensors and not any(self._missing.values())
-        if len(self._left) > 1:
-            total = sum(torch.Size(shape).numel() for shape in self._shapes.values()) * self.dtype.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
+        self.files.check_complete()
+        if len(set(self.files.file_of.values())) > 1:
+            index = {"metadata": {"total_size": self.files.num_bytes}, "weight_map": self.files.file_of}
             _write_json(self.partial / INDEX, index)
         _write_json(self.partial / "config.json", config_json(self.spec, self.dtype))
         self._copy_small_files()
         if tokenizer is not None:
             tokenizer.save(self.partial)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.partial.rename(self.folder)
+        self.publish()
 
     def _copy_small_files(self) -> None:
         source = self.spec.source
@@ -123,15 +104,46 @@ class FolderWriter:
             if isinstance(config.get("model_max_length"), int) and config["model_max_length"] < longest:
                 _write_json(path, {**config, "model_max_length": longest})
 
-    def abandon(self) -> None:
-        """Remove what was written."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+
+class AdapterWriter(_Folder):
+    """A `peft` adapter folder: hand the shards to `files`, then call `finish`."""
+
+    marker = "adapter_config.json"
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: ModelSpec,
+        lora: LoraAdapter,
+        shapes: dict[str, tuple[int, ...]],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(folder)
+        self.spec, self.lora, self.dtype = spec, lora, dtype
+        self.files = TensorFiles(self.partial, shapes, dict.fromkeys(shapes, ADAPTER), dtype)
+        self._modules = sorted({name.rsplit(".lora_", 1)[0].rsplit(".", 1)[1] for name in shapes})
+
+    def finish(self) -> None:
+        """Write the small files and give the folder its name."""
+        self.files.check_complete()
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(self.spec.source) if self.spec.source else None,
+            "r": self.lora.rank,
+            "lora_alpha": self.lora.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": self._modules,
+            "inference_mode": True,
+        }
+        _write_json(self.partial / self.marker, config)
+        _write_json(self.partial / "config.json", config_json(self.spec, self.dtype))
+        self.publish()
 
 
-def plan_files(
-    shapes: dict[str, tuple[int, ...]], itemsize: int, max_file_bytes: int
-) -> tuple[dict[str, str], dict[str, set[str]]]:
-    """The file of each tensor, and the tensors of each file; a tensor larger than the limit has its own."""
+def plan_files(shapes: dict[str, tuple[int, ...]], itemsize: int, max_file_bytes: int) -> dict[str, str]:
+    """The file of each tensor, in order; a tensor larger than the limit has a file of its own."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
@@ -145,8 +157,7 @@ def plan_files(
     files = (
         [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     )
-    file_of = {name: file for file, names in zip(files, groups, strict=True) for name in names}
-    return file_of, {file: set(names) for file, names in zip(files, groups, strict=True)}
+    return {name: file for file, names in zip(files, groups, strict=True) for name in names}
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

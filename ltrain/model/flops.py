@@ -17,8 +17,7 @@ class StepFlops:
 
 
 def visible_pairs(length: int, window: int | None = None) -> int:
-    """Pairs (query, key) that causal attention computes in a document; with a window, key > query - window.
-    """
+    """Pairs (query, key) that causal attention sees in a document; with a window, key > query - window."""
     if window is None or window >= length:
         return length * (length + 1) // 2
     return window * (window + 1) // 2 + (length - window) * window

@@ -106,6 +106,16 @@ class SafetensorsSource:
             raise ConfigError("model.path", str(self.folder / file), rule)
 
 
+def check_weights(spec: ModelSpec) -> None:
+    """Raise ConfigError, naming file and tensor, unless `spec.source` holds exactly this model's tensors.
+
+    Reads the headers only.
+    """
+    assert spec.source is not None
+    with SafetensorsSource(spec.source, spec):
+        pass
+
+
 class RandomSource:
     """Normal matrices, zero biases, unit norms. A tensor depends on the seed and its name only, so that every
     layout starts from the same model."""

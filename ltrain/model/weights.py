@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import logging
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ltrain.config.base import ConfigError
-from ltrain.model.export_files import FolderWriter, SavesTokenizer
-from ltrain.model.sharding import Shard, hf_shapes, stage_shards
+from ltrain.config.model import LoraAdapter
+from ltrain.model.export_files import AdapterWriter, FolderWriter, SavesTokenizer
+from ltrain.model.lora import adapter_shapes, adapter_shards
+from ltrain.model.sharding import Shard, stage_shards
 from ltrain.model.sources import RandomSource, SafetensorsSource, WeightSource
 from ltrain.model.spec import ModelSpec
+from ltrain.model.tensors_out import FirstRankErrors, gather_to_first
 from ltrain.parallel.mesh import Mesh
-
-log = logging.getLogger("ltrain")
-
-
-def check_weights(spec: ModelSpec) -> None:
-    """Raise ConfigError, naming file and tensor, unless `spec.source` holds exactly this model's tensors.
-
-    Reads the headers only.
-    """
-    assert spec.source is not None
-    with SafetensorsSource(spec.source, spec):
-        pass
 
 
 def import_model(model: nn.Module, spec: ModelSpec, mesh: Mesh, *, seed: int = 0) -> None:
@@ -35,7 +24,7 @@ def import_model(model: nn.Module, spec: ModelSpec, mesh: Mesh, *, seed: int = 0
 
     Only the slices that the rank holds are read; values are cast to the parameters' type. No communication.
     """
-    shards = _local_shards(spec, mesh)
+    shards = _shards(spec, mesh, mesh.pipeline.rank, mesh.tensor.rank)
     if spec.source is None:
         fill(model, shards, RandomSource(spec, seed))
         return
@@ -80,78 +69,72 @@ def export_model(
 ) -> None:
     """Write the model as a Hugging Face folder that replaces `folder` only once it is whole. Collective.
 
-    Rank 0 receives one parameter at a time and holds at most about one file (`max_file_bytes`) in memory. The
-    tensors keep the parameters' type. Raises OSError or ConfigError, on every rank, where the folder can't be
-    written.
+    Adapters are merged. Rank 0 receives one parameter at a time and holds at most about one file
+    (`max_file_bytes`) in memory. The tensors keep the parameters' type. Raises OSError or ConfigError, on
+    every rank, where the folder can't be written.
     """
-    parameters = base_parameters(model, _local_shards(spec, mesh))
+    parameters = base_parameters(model, _shards(spec, mesh, mesh.pipeline.rank, mesh.tensor.rank))
     dtype = next(iter(parameters.values())).dtype
-    owners = _owners(mesh)
-    failure: list[Any] = [None]
-    if mesh.rank == 0:
-        try:
-            writer = FolderWriter(folder, spec, hf_shapes(spec), dtype, max_file_bytes)
-        except (OSError, ConfigError) as error:
-            failure[0] = error
-    _raise_together(failure)
-    if mesh.rank != 0:
-        if owners.get((mesh.pipeline.rank, mesh.tensor.rank)) == mesh.rank:
-            for parameter in parameters.values():
-                dist.send(_as_bytes(parameter), dst=0)
-    else:
-        for stage in range(mesh.pipeline.size):
-            by_rank = [_shards(spec, mesh, stage, t) for t in range(mesh.tensor.size)]
-            for name in by_rank[0]:
-                for t in range(mesh.tensor.size):
-                    value = _receive(by_rank[t][name], owners[stage, t], parameters.get(name), dtype)
-                    try:
-                        if failure[0] is None:
-                            writer.add(by_rank[t][name], value)
-                    except (OSError, ConfigError) as error:
-                        failure[0] = (
-                            error  # the other ranks' sends are still taken, so that none of them hangs
-                        )
-        try:
-            if failure[0] is None:
-                writer.finish(tokenizer)
-        except (OSError, ConfigError) as error:
-            failure[0] = error
-        if failure[0] is not None:
-            writer.abandon()
-    _raise_together(failure)
+    values = {name: partial(_value, model, name) for name in parameters}
+    failure = FirstRankErrors(mesh)
+    writer: list[FolderWriter] = []
+    failure.guard(lambda: writer.append(FolderWriter(folder, spec, dtype, max_file_bytes)))
+    failure.raise_together()
+
+    def take(shard: Shard, value: Tensor) -> None:
+        failure.guard(lambda: writer[0].files.add(shard, value))
+
+    gather_to_first(mesh, partial(_shards, spec, mesh), values, dtype, take)
+    failure.guard(lambda: writer[0].finish(tokenizer))
+    if failure.error is not None:
+        writer[0].abandon()
+    failure.raise_together()
 
 
-def _receive(shard: Shard, owner: int, own: nn.Parameter | None, dtype: torch.dtype) -> Tensor:
-    if owner == 0:
-        assert own is not None
-        return own.detach().cpu()
-    buffer = torch.empty(shard.shape, dtype=dtype)
-    dist.recv(buffer.view(torch.uint8), src=owner)
-    return buffer
+def export_adapter(model: nn.Module, spec: ModelSpec, lora: LoraAdapter, mesh: Mesh, folder: Path) -> None:
+    """Write the adapter alone, as `peft` loads it, and its model's config.json. Collective.
+
+    The base model must be loaded with that config.json, which holds the changed rope.
+    """
+    if lora.also_train:
+        rule = "trains weights that a PEFT adapter doesn't hold"
+        raise ConfigError("model.adapter.also_train", lora.also_train, rule, "export the merged model")
+
+    def shards_of(stage: int, tensor_rank: int) -> dict[str, Shard]:
+        return adapter_shards(
+            spec,
+            lora,
+            stage=stage,
+            stages=mesh.pipeline.size,
+            tensor_rank=tensor_rank,
+            tensor_size=mesh.tensor.size,
+        )
+
+    parameters = dict(model.named_parameters())
+    own = shards_of(mesh.pipeline.rank, mesh.tensor.rank)
+    values = {name: partial(parameters.__getitem__, name) for name in own}
+    dtype = parameters[next(iter(own))].dtype
+    failure = FirstRankErrors(mesh)
+    writer: list[AdapterWriter] = []
+    failure.guard(lambda: writer.append(AdapterWriter(folder, spec, lora, adapter_shapes(spec, lora), dtype)))
+    failure.raise_together()
+
+    def take(shard: Shard, value: Tensor) -> None:
+        failure.guard(lambda: writer[0].files.add(shard, value))
+
+    gather_to_first(mesh, shards_of, values, dtype, take)
+    failure.guard(lambda: writer[0].finish())
+    if failure.error is not None:
+        writer[0].abandon()
+    failure.raise_together()
 
 
-def _as_bytes(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().cpu().contiguous().view(torch.uint8)
-
-
-def _owners(mesh: Mesh) -> dict[tuple[int, int], int]:
-    """The lowest global rank that holds each (pipeline stage, tensor-parallel shard)."""
-    places: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(places, (mesh.pipeline.rank, mesh.tensor.rank))
-    owners: dict[tuple[int, int], int] = {}
-    for rank, place in enumerate(places):
-        owners.setdefault(place, rank)
-    return owners
-
-
-def _raise_together(failure: list[Any]) -> None:
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]
-
-
-def _local_shards(spec: ModelSpec, mesh: Mesh) -> dict[str, Shard]:
-    return _shards(spec, mesh, mesh.pipeline.rank, mesh.tensor.rank)
+def _value(model: nn.Module, name: str) -> Tensor:
+    """A parameter, with its adapter merged into it if it has one."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if name.endswith(".weight") and hasattr(module, "merged_weight"):
+        return module.merged_weight()
+    return model.get_parameter(name)
 
 
 def _shards(spec: ModelSpec, mesh: Mesh, stage: int, tensor_rank: int) -> dict[str, Shard]:

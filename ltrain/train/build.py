@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,14 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from ltrain.attention.module import AttentionSettings, CoreAttention
 from ltrain.config.base import ConfigError
+from ltrain.config.model import LoraAdapter
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Corpus, Loader, held_out_rows, open_corpus
 from ltrain.data.tokenizer import Tokenizer
 from ltrain.model.build import build_model
+from ltrain.model.freeze import freeze_parameters
+from ltrain.model.language_model import LanguageModel
+from ltrain.model.lora import init_adapter
 from ltrain.model.spec import ModelSpec
 from ltrain.model.weights import import_model
 from ltrain.parallel import seam
@@ -105,10 +110,13 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
         schedule=config.parallel.context.schedule,
         tensor_rank=mesh.tensor.rank,
     )
+    lora = config.model.adapter if isinstance(config.model.adapter, LoraAdapter) else None
     model = build_model(
         spec,
-        core_attention=CoreAttention,
-        core_attention_params={"settings": settings},
+        lora=lora,
+        core_attention=partial(CoreAttention, settings=settings),
+        model_class=LanguageModel,
+        real_vocab_size=spec.vocab_size,
         tensor=mesh.tensor.size,
         pipeline=mesh.pipeline.size,
         context=mesh.context.size,
@@ -122,4 +130,7 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
     )
     model.to(mesh.device)
     import_model(model, spec, mesh, seed=config.run.seed)
+    if lora is not None:
+        init_adapter(model, spec, lora, mesh, seed=config.run.seed)
+    freeze_parameters(model, spec, config.model, mesh)
     return model

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ltrain.config.base import ConfigError
 from ltrain.config.schema import RunConfig
+from ltrain.data.loader import open_corpus
 from ltrain.parallel import seam
 from ltrain.parallel.mesh import init_process_group
 from ltrain.train.build import build_run
@@ -38,9 +39,11 @@ def train(config: RunConfig) -> int:
     stopped on request. Input is checked before a process group starts.
     """
     die_with_parent()
-    check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     if int(os.environ.get("RANK", "0")):
         log.setLevel(logging.WARNING)
+    # Bad data is found, and new data tokenised (by one process; others wait), while no group can time out.
+    open_corpus(config.data, plan.tokenizer)
     init_process_group(config.train.timeout_s)
     try:
         return _train(config)
@@ -113,9 +116,13 @@ def restore(config: RunConfig, run: Run) -> None:
 
 def export_run(run: Run, folder: Path) -> None:
     """Write the model as a Hugging Face folder with its new context; collective."""
-    from ltrain.model.weights import export_model
+    from ltrain.config.model import LoraAdapter
+    from ltrain.model.weights import export_adapter, export_model
 
     export_model(run.model, run.spec, run.mesh, folder, tokenizer=run.tokenizer)
+    adapter = run.config.model.adapter
+    if isinstance(adapter, LoraAdapter) and not adapter.also_train:
+        export_adapter(run.model, run.spec, adapter, run.mesh, folder.with_name(f"{folder.name}-adapter"))
 
 
 def export(config: RunConfig, out: Path | None, step: int | None) -> int:

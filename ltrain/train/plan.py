@@ -10,8 +10,9 @@ import yaml
 from ltrain.config.schema import RunConfig
 from ltrain.data.tokenizer import Tokenizer, load_tokenizer
 from ltrain.model.families import extend_rope, resolve_spec
+from ltrain.model.freeze import frozen_tensors
+from ltrain.model.sources import check_weights
 from ltrain.model.spec import ModelSpec
-from ltrain.model.weights import check_weights
 from ltrain.parallel.degrees import check_world, rows_per_step
 
 
@@ -39,6 +40,7 @@ def check_run(config: RunConfig, world_size: int) -> Plan:
     spec = resolve_spec(config.model, tokenizer_vocab_size=tokenizer.vocab_size)
     spec = extend_rope(spec, config.rope, config.train.seq_len)
     spec.check_parallel(tensor=parallel.tensor, pipeline=parallel.pipeline)
+    frozen_tensors(spec, config.model)
     if spec.source is not None:
         check_weights(spec)
     rows = rows_per_step(config.train.tokens_per_step, config.train.seq_len, data_size)

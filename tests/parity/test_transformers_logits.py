@@ -10,7 +10,8 @@ from support.models import VARIANTS, build, hf_logits, our_logits, save_tiny
 
 from ltrain.config.rope import RopeConfig
 from ltrain.model.families import extend_rope, read_spec
-from ltrain.model.weights import check_weights, export_model, import_model
+from ltrain.model.sources import check_weights
+from ltrain.model.weights import export_model, import_model
 from ltrain.parallel.mesh import init_mesh, init_process_group
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ltrain.model.build import build_model
 from ltrain.parallel.seam import cpu_seam
@@ -46,6 +45,8 @@ VARIANTS = {
 
 def save_tiny(folder: Path, variant: str, *, dtype: torch.dtype = torch.float32, **overrides) -> Path:
     """Save a random model of a variant, every tensor random (biases and norms too); returns its folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.for_model(variant.split("-")[0], **{**COMMON, **VARIANTS[variant], **overrides})
     torch.manual_seed(len(variant))
     model = AutoModelForCausalLM.from_config(config)
@@ -74,6 +75,8 @@ def build(spec, mesh, **arguments):
 
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits fp32 [B, T, V] of a folder through `transformers`, with eager attention."""
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
         return model(tokens).logits.float()
