@@ -16,14 +16,21 @@ from ltrain.config.base import ConfigError
 def candidates(problem: Problem, node_size: int | None) -> list[str]:
     """The schedules that can serve the problem, in order of preference at equal time."""
     ranks = problem.layout.world_size
-    found = ["ring", "ulysses", "all_gather", "needed"]
+    found = ["ring", "ulysses", "all_gather"]
     if node_size is not None and 1 < node_size < ranks and ranks % node_size == 0:
         found += ["hierarchical", "nested_ring", "ulysses_ring"]
+    if not selects_few(problem):
+        return found
     try:
         halo_blocks(problem)
     except ConfigError:
-        return found
-    return ["halo", *found]
+        return [*found, "needed"]
+    return ["halo", *found, "needed"]
+
+
+def selects_few(problem: Problem) -> bool:
+    """Whether it can pay to move selected blocks only: not where most blocks are selected anyway."""
+    return problem.index.density() < 0.5 or problem.window is not None or problem.doc_ids is not None
 
 
 def setting_of(problem: Problem, profile: Profile) -> Setting:
@@ -42,7 +49,7 @@ def setting_of(problem: Problem, profile: Profile) -> Setting:
         Work.of(entries, problem.layout, problem.num_q_heads),
         shapes,
         profile,
-        needed_token_heads(entries, problem.layout, problem.num_kv_heads),
+        needed_token_heads(entries, problem.layout, problem.num_kv_heads) if selects_few(problem) else None,
     )
 
 

@@ -40,9 +40,10 @@ def visible_entries(
     """
     ptr, col_t = index.entries()
     counts = (ptr[0, :, 1:] - ptr[0, :, :-1]).cpu().numpy()
-    col = col_t[: int(counts.sum())].cpu().numpy().astype(np.int64)
+    col = col_t[: int(counts.sum())].cpu().numpy()
     rows = index.num_rows
-    line = np.repeat(np.arange(index.heads * rows), counts.reshape(-1))
+    # int32 keeps a dense mask of a million tokens at some hundreds of megabytes.
+    line = np.repeat(np.arange(index.heads * rows, dtype=np.int32), counts.reshape(-1))
     head, row = line // max(rows, 1), line % max(rows, 1)
     kept = col <= row
     if doc_ids is not None:
