@@ -4,6 +4,7 @@ calibration."""
 from __future__ import annotations
 
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ import torch.distributed as dist
 from support.distributed import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
-from context_parallel_cases import BASE, errors, run_case
+from context_parallel_cases import BASE, Case, errors, run_case
 
 from ltrain.attention.calibrate import calibrate
 from ltrain.attention.context_parallel import context_parallel_attention
 from ltrain.attention.profile import PROFILES
 from ltrain.config.base import ConfigError
+from ltrain.parallel.collectives import Channel
 from ltrain.parallel.layout import SequenceLayout
-from ltrain_kernels.block_sparse import closed
+from ltrain_kernels.block_sparse import BlockIndex, closed
 
 WORLD, NODE = 4, 2
 EVEN = replace(BASE, tokens=256, value_dim=12, pattern="dense", heads_of_mask="one", dtype=torch.float32)
@@ -58,9 +60,64 @@ def run(rank: int, world: int) -> dict[str, Any]:
         name: [run_case(case, group, rank, world) for case in cases]
         for name, cases in (("counted", COUNTED), ("bf16", BF16), ("auto", AUTO))
     }
+    found["buffers"] = [forward_buffers(case, rank, world) for case in COUNTED]
     found["errors"] = refusals(rank, world)
     found["profile"] = calibrate(group, node_size=NODE, tokens=512, heads=2, head_dim=16)
     return found
+
+
+class Buffers:
+    """Bytes of all received tensors that are alive, and the most there were at one time."""
+
+    def __init__(self) -> None:
+        self.alive = self.most = 0
+
+    def __enter__(self) -> Buffers:
+        self.original = {name: getattr(Channel, name) for name in ("exchange", "all_gather", "all_to_all")}
+        for name, method in self.original.items():
+            setattr(Channel, name, self._watched(method))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, method in self.original.items():
+            setattr(Channel, name, method)
+
+    def _watched(self, method: Any) -> Any:
+        def call(channel: Channel, *args: Any, **options: Any) -> Any:
+            pending = method(channel, *args, **options)
+            for tensor in pending.received:
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    weakref.finalize(tensor, self._freed, tensor.nbytes, id(tensor), seen)
+                    self.alive += tensor.nbytes
+            self.most = max(self.most, self.alive)
+            return pending
+
+        seen: set[int] = set()
+        return call
+
+    def _freed(self, num_bytes: int, key: int, seen: set[int]) -> None:
+        self.alive -= num_bytes
+        seen.discard(key)
+
+
+def forward_buffers(case: Case, rank: int, world: int) -> int:
+    layout = case.make_layout(world)
+    whole = case.tensors()
+    q, k, v = (layout.shard(whole[name], rank, 1) for name in "qkv")
+    index = BlockIndex.from_mask(case.block_mask(), case.block, case.block)
+    with Buffers() as buffers:
+        context_parallel_attention(
+            q,
+            k,
+            v,
+            layout=layout,
+            group=dist.group.WORLD,
+            index=index,
+            schedule=case.schedule,
+            node_size=case.node_size,
+        )
+    return buffers.most
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:
@@ -149,6 +206,15 @@ def test_sparse_backward_traffic_is_at_most_twice_forward(results: list[dict[str
             sum(r["counted"][number][f"{d}_bytes"] for r in results) for d in ("forward", "backward")
         )
         assert backward <= 2 * forward, COUNTED[number]
+
+
+def test_buffers_stay_within_the_stated_memory(results: list[dict[str, Any]]) -> None:
+    kv = 256 // WORLD * 2 * (8 + 12) * 4
+    shards = {"ring": 2, "all_gather": WORLD, "hierarchical": 2 * NODE + 2, "nested_ring": 5}
+    for number, case in enumerate(COUNTED):
+        if case.schedule in shards:
+            for r in results:
+                assert 0 < r["buffers"][number] <= shards[case.schedule] * kv, case.schedule
 
 
 @pytest.mark.parametrize("number", range(len(COUNTED)))
