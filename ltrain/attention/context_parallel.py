@@ -48,6 +48,7 @@ def context_parallel_attention(
     grad_wire: torch.dtype | None = None,
     traffic: Traffic | None = None,
     saved: tuple[Tensor, Tensor] | None = None,
+    plan: Schedule | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the whole sequence's keys and values, as `index` selects them.
 
@@ -63,7 +64,9 @@ def context_parallel_attention(
     it. scale: default 1 / sqrt(D). grad_wire: the type in which partial dK and dV travel to their owner, who
     sums them in fp32; default the type of k. traffic: a counter to fill. saved: (out, lse) of an earlier call
     with equal inputs: they are returned as they are, without an exchange and without attention, and the
-    gradients are those of the call. This is how activation checkpointing recomputes a layer.
+    gradients are those of the call. This is how activation checkpointing recomputes a layer; hand it the
+    first call's plan as well. plan: what `plan_attention` returned for equal arguments; nothing is planned or
+    compared.
 
     Returns out [B, T_local, Hq, Dv] in q's type and lse [B, Hq, T_local] fp32 (fp64 for fp64 inputs), natural
     log, both differentiable; a query that sees no key gets 0 and -inf.
@@ -71,20 +74,21 @@ def context_parallel_attention(
     layout or differ between ranks, or where the schedule can't serve the index (arXiv 2510.18830;
     docs/context_parallel.md).
     """
-    plan = plan_attention(
-        q,
-        k,
-        v,
-        layout=layout,
-        group=group,
-        index=index,
-        doc_ids=doc_ids,
-        window=window,
-        verticals=verticals,
-        schedule=schedule,
-        node_size=node_size,
-        profile=profile,
-    )
+    if plan is None:
+        plan = plan_attention(
+            q,
+            k,
+            v,
+            layout=layout,
+            group=group,
+            index=index,
+            doc_ids=doc_ids,
+            window=window,
+            verticals=verticals,
+            schedule=schedule,
+            node_size=node_size,
+            profile=profile,
+        )
     if traffic is not None and traffic.node_size is None:
         traffic.node_size = node_size
     call = _Call(
@@ -170,6 +174,11 @@ def plan_attention(
         del _plans[key]
     plan = _make_plan(q, k, v, layout, group, index, doc_ids, window, verticals, schedule, node_size, profile)
     _plans[key] = (tuple(None if x is None else weakref.ref(x) for x in parts), plan)
+    dead = [
+        old for old, (refs, _) in _plans.items() if any(ref is not None and ref() is None for ref in refs)
+    ]
+    for old in dead:
+        del _plans[old]
     while len(_plans) > _MAX_PLANS:
         _plans.popitem(last=False)
     return plan

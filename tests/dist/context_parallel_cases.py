@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from support.attention import Reference, attention, relative_error, visible_pairs
 
-from ltrain.attention.context_parallel import context_parallel_attention
+from ltrain.attention.context_parallel import context_parallel_attention, plan_attention
 from ltrain.parallel.collectives import Traffic
 from ltrain.parallel.layout import SequenceLayout
 from ltrain_kernels.block_sparse import BlockIndex
@@ -158,6 +158,8 @@ def run_case(case: Case, group: Any, rank: int, world: int) -> dict[str, Any]:
     forward_bytes = traffic.bytes_sent
     if case.saved:
         again = Traffic()
+        planned = {name: x for name, x in options.items() if name != "grad_wire"}
+        options["plan"] = plan_attention(q, k, v, **planned)
         out, lse = context_parallel_attention(
             q, k, v, traffic=again, saved=(out.detach(), lse.detach()), **options
         )
