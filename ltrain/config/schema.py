@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ltrain.config.base import ConfigError, Section
 from ltrain.config.data import DataConfig
@@ -36,9 +36,9 @@ class RunConfig(Section):
     """What to train on."""
     train: TrainSection = TrainSection()
     """How long and at what context."""
-    optimizer: OptimizerConfig = Field(default_factory=AdamW)
+    optimizer: OptimizerConfig = AdamW()
     """The optimizer."""
-    schedule: ScheduleConfig = Field(default_factory=CosineSchedule)
+    schedule: ScheduleConfig = CosineSchedule()
     """The learning rate over the steps."""
     parallel: ParallelSection = ParallelSection()
     """How the work is laid over devices."""

@@ -215,7 +215,7 @@ def _new_named_group(ranks: list[int], name: str, backend: str) -> Any:
     from torch.distributed import distributed_c10d
 
     naming = distributed_c10d._process_group_name
-    distributed_c10d._process_group_name = lambda ranks, use_hashed_name: name
+    distributed_c10d._process_group_name = lambda ranks, use_hashed_name: name  # type: ignore
     try:
         return dist.new_group(ranks, backend=backend, use_local_synchronization=True, sort_ranks=False)
     finally:

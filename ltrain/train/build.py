@@ -85,6 +85,7 @@ def build_run(config: RunConfig) -> Run:
             timeout_s=train.timeout_s,
         ),
         tokenizer=plan.tokenizer,
+        source_rope=plan.source_rope,
     )
 
 
