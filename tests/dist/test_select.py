@@ -1,4 +1,4 @@
-"""The selection over gloo is one process's selection, bit by bit; bad input is refused before any exchange."""
+"""The selection over gloo is one process's selection, bit by bit; bad input is refused before an exchange."""
 
 import numpy as np
 import pytest
