@@ -88,6 +88,13 @@ def check_sections(config: RunConfig) -> None:
             config.schedule.warmup_steps,
             f"must not exceed train.steps={train.steps}",
         )
+    if config.attention.pattern.kind in ("seer_gate", "nsa"):
+        raise ConfigError(
+            "attention.pattern.kind",
+            config.attention.pattern.kind,
+            "has weights of its own, which the trainer doesn't train yet",
+            "use it from ltrain.attention.patterns, or take vertical_slash, xattention or block_topk",
+        )
     node_size = parallel.context.node_size
     if node_size is not None and parallel.context.degree % node_size:
         raise ConfigError(
