@@ -181,8 +181,9 @@ def _explain(
     )
     codecs = ", ".join(f"{r} {c.density:.4f} at {c.bits} bit" for r, c in chosen.items())
     reason = (
-        f"{steps} steps ({compute_s:.1f} s), {codecs}; the exchange takes {times[slowest]:.1f} + {fixed_s:.1f} s, "
-        f"bound by {slowest} (up {8e-6 * up_bytes_s[slowest]:.0f}, down {8e-6 * down_bytes_s[slowest]:.0f} Mbit/s)"
+        f"{steps} steps ({compute_s:.1f} s), {codecs}; the exchange takes "
+        f"{times[slowest]:.1f} + {fixed_s:.1f} s, bound by {slowest} (up {8e-6 * up_bytes_s[slowest]:.0f}, "
+        f"down {8e-6 * down_bytes_s[slowest]:.0f} Mbit/s)"
     )
     assert config.target_round_s is not None
     if round_s > config.target_round_s * 1.001:
