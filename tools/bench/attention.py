@@ -210,9 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row in made:
                 print("  ".join(f"{name}={row[name]}" for name in FIELDS))
             even = break_even(made)
-            print(
-                f"break-even density, {dtype}, {tokens} tokens: {'above 1' if even is None else round(even, 2)}"
-            )
+            at = "above 1" if even is None else round(even, 2)
+            print(f"break-even density, {dtype}, {tokens} tokens: {at}")
     with (args.out / "attention_cpu.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
