@@ -1,0 +1,218 @@
+"""Backward kernels: dQ by sparse rows, dK and dV by sparse columns. Each output tile has one writer: no atomics.
+
+With P = exp2(c S - lse2) and dS = P (dP - delta): dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO
+(arXiv 2307.08691, section 3.1). `lse2` is the row's log-sum-exp in base 2, +inf for a row without keys, so that P is
+0 there; `delta` = rowsum(O dO) - dlse, once for all partial calls on a query shard.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ltrain_kernels.block_sparse.triton_tiles import (
+    PAD_KEY,
+    PAD_QUERY,
+    closed_row,
+    load_bounds,
+    load_pattern,
+    load_rows,
+    load_tile,
+    load_tokens,
+    locate,
+    store_tile,
+    visible,
+)
+
+
+@triton.jit
+def attention_delta(
+    out, dout, dlse, delta,
+    o_b, o_h, o_t, do_b, do_h, do_t, num_q, num_heads,
+    ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """delta = sum over DV of out * dout, less dlse: [B, Hq, Tq], fp32."""
+    t = tl.program_id(0) * ROWS
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    o = load_tile(out, b, h, t, num_q, o_b, o_h, o_t, 1, ROWS, DV, BLOCK_DV, False, True)
+    do = load_tile(dout, b, h, t, num_q, do_b, do_h, do_t, 1, ROWS, DV, BLOCK_DV, False, True)
+    value = tl.sum(o * do, 1)
+    r = tl.arange(0, ROWS)
+    at = (b.to(tl.int64) * num_heads + h) * num_q + t + r
+    inside = (t + r) < num_q
+    if HAS_DLSE:
+        value -= tl.load(dlse + at, mask=inside, other=0.0)
+    tl.store(delta + at, value, mask=inside)
+
+
+@triton.jit
+def dq_step(q, do, k, v, dq, lse2, delta, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Add one key tile's part to dQ (unscaled)."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = tl.exp2(s * scale_log2 - lse2[:, None])
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def attention_dq(
+    q, k, v, dout, lse2, delta, dq,
+    order, bounds, entries, pattern, q_pos, k_pos, q_doc, k_doc,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
+    bounds_b, bounds_h, pattern_h, qpos_b, kpos_b, qdoc_b, kdoc_b,
+    num_q, num_k, num_heads, num_lines, list_heads, scale, scale_log2, window,
+    GROUP: tl.constexpr, PACK: tl.constexpr, PER_QUERY_HEAD: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CLOSED: tl.constexpr, HAS_DOC: tl.constexpr, HAS_WINDOW: tl.constexpr, ACCUMULATE: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write (or add to) dq [B, Tq, Hq, D]; tiles and order as in the forward kernel."""
+    GROUPS: tl.constexpr = 1 if PER_QUERY_HEAD else GROUP // PACK
+    pid = tl.program_id(0)
+    part = pid % (SPLIT_Q * GROUPS)
+    b, head, row = locate(order, pid // (SPLIT_Q * GROUPS), num_lines, list_heads)
+    if PER_QUERY_HEAD:
+        h = head
+    else:
+        h = head * GROUP + (part // SPLIT_Q) * PACK
+    kv = h // GROUP
+    t = row * (SPLIT_Q * ROWS) + (part % SPLIT_Q) * ROWS
+    first, full, tail, last = load_bounds(bounds, b, head, row, bounds_b, bounds_h)
+    local, sinks, stride, residue = first, first, first, first
+    if CLOSED:
+        local, sinks, stride, residue = load_pattern(pattern, head, pattern_h)
+    q_tile = load_tile(q, b, h, t, num_q, q_b, q_h, q_t, PACK, ROWS, D, BLOCK_D, TMA, UPCAST)
+    do_tile = load_tile(dout, b, h, t, num_q, do_b, do_h, do_t, PACK, ROWS, DV, BLOCK_DV, TMA, UPCAST)
+    row_lse2 = load_rows(lse2, b, h, t, num_q, num_heads, PACK, ROWS, float("inf"))
+    row_delta = load_rows(delta, b, h, t, num_q, num_heads, PACK, ROWS, 0.0)
+    acc = tl.zeros([PACK * ROWS, BLOCK_D], tl.float32)
+
+    qp = load_tokens(q_pos, b, t, num_q, qpos_b, PACK, ROWS, PAD_QUERY)
+    qd = qp
+    if HAS_DOC:
+        qd = load_tokens(q_doc, b, t, num_q, qdoc_b, PACK, ROWS, -1)
+    head_part = full - first
+    for i in tl.range(0, (head_part + last - tail) * SPLIT_K, num_stages=1):
+        n = i // SPLIT_K
+        n = tl.where(n < head_part, first + n, tail + n - head_part)
+        if CLOSED:
+            j = closed_row(n, row, local, sinks, stride, residue)
+        else:
+            j = tl.load(entries + n)
+        s = (j * SPLIT_K + i % SPLIT_K) * COLS
+        k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
+        v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
+        kp = load_tokens(k_pos, b, s, num_k, kpos_b, 1, COLS, PAD_KEY)
+        kd = kp
+        if HAS_DOC:
+            kd = load_tokens(k_doc, b, s, num_k, kdoc_b, 1, COLS, -2)
+        seen = visible(qp[:, None], kp[None, :], qd[:, None], kd[None, :], window, HAS_DOC, HAS_WINDOW)
+        acc = dq_step(q_tile, do_tile, k_tile, v_tile, acc, row_lse2, row_delta, seen, scale_log2, True, PRECISION)
+
+    for i in tl.range(full * SPLIT_K, tail * SPLIT_K):
+        n = i // SPLIT_K
+        if CLOSED:
+            j = closed_row(n, row, local, sinks, stride, residue)
+        else:
+            j = tl.load(entries + n)
+        s = (j * SPLIT_K + i % SPLIT_K) * COLS
+        k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
+        v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
+        acc = dq_step(q_tile, do_tile, k_tile, v_tile, acc, row_lse2, row_delta, 0, scale_log2, False, PRECISION)
+    store_tile(dq, acc, scale, b, h, t, num_q, dq_b, dq_h, dq_t, PACK, ROWS, D, BLOCK_D, ACCUMULATE)
+
+
+@triton.jit
+def dkv_step(k, v, q, do, dk, dv, lse2, delta, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Add one query tile's part to dK (unscaled) and dV. Works on S^T, so that no operand is transposed in registers."""
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p = tl.exp2(s * scale_log2 - lse2[None, :])
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def attention_dkdv(
+    q, k, v, dout, lse2, delta, dk, dv,
+    order, bounds, entries, q_pos, k_pos, q_doc, k_doc,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
+    bounds_b, bounds_h, qpos_b, kpos_b, qdoc_b, kdoc_b,
+    num_q, num_k, num_heads, num_lines, kv_heads, scale, scale_log2, window,
+    GROUP: tl.constexpr, PACK: tl.constexpr, PER_QUERY_HEAD: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CLOSED: tl.constexpr, HAS_DOC: tl.constexpr, HAS_WINDOW: tl.constexpr, ACCUMULATE: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write (or add to) dk [B, Tk, Hkv, D] and dv [B, Tk, Hkv, DV].
+
+    One program holds COLS keys of one kv head and streams the query tiles of all the group's heads: where the group
+    shares its lists, in one flat loop of (entries x tiles of the row x head packs), else head after head. In closed
+    form the rows that see a column are consecutive: entry n is row n.
+    """
+    LISTS: tl.constexpr = GROUP if PER_QUERY_HEAD else 1
+    PACKS: tl.constexpr = 1 if PER_QUERY_HEAD else GROUP // PACK
+    TILES: tl.constexpr = SPLIT_Q * PACKS
+    pid = tl.program_id(0)
+    b, kv, column = locate(order, pid // SPLIT_K, num_lines, kv_heads)
+    s = column * (SPLIT_K * COLS) + (pid % SPLIT_K) * COLS
+    k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
+    v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
+    dk_acc = tl.zeros([COLS, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([COLS, BLOCK_DV], tl.float32)
+    kp = load_tokens(k_pos, b, s, num_k, kpos_b, 1, COLS, PAD_KEY)
+    kd = kp
+    if HAS_DOC:
+        kd = load_tokens(k_doc, b, s, num_k, kdoc_b, 1, COLS, -2)
+    for g in range(LISTS):
+        head = kv * GROUP + g if PER_QUERY_HEAD else kv
+        first, full, tail, last = load_bounds(bounds, b, head, column, bounds_b, bounds_h)
+        head_part = full - first
+        for i in tl.range(0, (head_part + last - tail) * TILES, num_stages=1):
+            n = i // TILES
+            n = tl.where(n < head_part, first + n, tail + n - head_part)
+            row = n
+            if not CLOSED:
+                row = tl.load(entries + n)
+            h = kv * GROUP + (g if PER_QUERY_HEAD else (i % PACKS) * PACK)
+            t = (row * SPLIT_Q + (i % TILES) // PACKS) * ROWS
+            q_tile = load_tile(q, b, h, t, num_q, q_b, q_h, q_t, PACK, ROWS, D, BLOCK_D, TMA, UPCAST)
+            do_tile = load_tile(dout, b, h, t, num_q, do_b, do_h, do_t, PACK, ROWS, DV, BLOCK_DV, TMA, UPCAST)
+            row_lse2 = load_rows(lse2, b, h, t, num_q, num_heads, PACK, ROWS, float("inf"))
+            row_delta = load_rows(delta, b, h, t, num_q, num_heads, PACK, ROWS, 0.0)
+            qp = load_tokens(q_pos, b, t, num_q, qpos_b, PACK, ROWS, PAD_QUERY)
+            qd = qp
+            if HAS_DOC:
+                qd = load_tokens(q_doc, b, t, num_q, qdoc_b, PACK, ROWS, -1)
+            seen = visible(qp[None, :], kp[:, None], qd[None, :], kd[:, None], window, HAS_DOC, HAS_WINDOW)
+            dk_acc, dv_acc = dkv_step(
+                k_tile, v_tile, q_tile, do_tile, dk_acc, dv_acc, row_lse2, row_delta, seen, scale_log2, True,
+                PRECISION,
+            )  # fmt: skip
+
+        for i in tl.range(full * TILES, tail * TILES):
+            row = i // TILES
+            if not CLOSED:
+                row = tl.load(entries + row)
+            h = kv * GROUP + (g if PER_QUERY_HEAD else (i % PACKS) * PACK)
+            t = (row * SPLIT_Q + (i % TILES) // PACKS) * ROWS
+            q_tile = load_tile(q, b, h, t, num_q, q_b, q_h, q_t, PACK, ROWS, D, BLOCK_D, TMA, UPCAST)
+            do_tile = load_tile(dout, b, h, t, num_q, do_b, do_h, do_t, PACK, ROWS, DV, BLOCK_DV, TMA, UPCAST)
+            row_lse2 = load_rows(lse2, b, h, t, num_q, num_heads, PACK, ROWS, float("inf"))
+            row_delta = load_rows(delta, b, h, t, num_q, num_heads, PACK, ROWS, 0.0)
+            dk_acc, dv_acc = dkv_step(
+                k_tile, v_tile, q_tile, do_tile, dk_acc, dv_acc, row_lse2, row_delta, 0, scale_log2, False,
+                PRECISION,
+            )  # fmt: skip
+    store_tile(dk, dk_acc, scale, b, kv, s, num_k, dk_b, dk_h, dk_t, 1, COLS, D, BLOCK_D, ACCUMULATE)
+    store_tile(dv, dv_acc, 1.0, b, kv, s, num_k, dv_b, dv_h, dv_t, 1, COLS, DV, BLOCK_DV, ACCUMULATE)

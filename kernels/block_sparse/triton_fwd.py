@@ -1,0 +1,125 @@
+"""Forward kernel: one program holds a query tile (rows x packed heads) and streams its key blocks.
+
+Online softmax in base 2, fp32 accumulation. Partial blocks come first, in a loop of their own, so that the loop over
+full blocks has no mask, no position and no branch in it (FlashAttention-2, arXiv 2307.08691, section 3; block lists as
+in arXiv 2407.17678).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ltrain_kernels.block_sparse.triton_tiles import (
+    LN2,
+    PAD_KEY,
+    PAD_QUERY,
+    closed_row,
+    load_bounds,
+    load_pattern,
+    load_tile,
+    load_tokens,
+    locate,
+    store_tile,
+    visible,
+)
+
+
+@triton.jit
+def forward_step(
+    q, k, v, acc, m, total, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One key tile of the online softmax. `seen` is read only if MASKED."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+        # A row that has seen nothing yet keeps m = -inf; shifting by 0 instead avoids (-inf) - (-inf).
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    else:
+        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+        shift = m_new
+    p = tl.exp2(s * scale_log2 - shift[:, None])
+    old = tl.exp2(m - shift)
+    total = total * old + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision=PRECISION)
+    return acc, m_new, total
+
+
+@triton.jit
+def attention_forward(
+    q, k, v, out, lse,
+    order, bounds, entries, pattern, q_pos, k_pos, q_doc, k_doc,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
+    bounds_b, bounds_h, pattern_h, qpos_b, kpos_b, qdoc_b, kdoc_b,
+    num_q, num_k, num_heads, num_lines, list_heads, scale_log2, window,
+    GROUP: tl.constexpr, PACK: tl.constexpr, PER_QUERY_HEAD: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CLOSED: tl.constexpr, HAS_DOC: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """Write out [B, Tq, Hq, DV] and lse [B, Hq, Tq] (natural log, fp32) of every query tile.
+
+    ROWS query tokens x PACK query heads of one kv head make a tile; a sparse row is SPLIT_Q tiles, a sparse column
+    SPLIT_K tiles of COLS keys. Programs that share a sparse row are neighbours, so that they share keys in L2.
+    """
+    GROUPS: tl.constexpr = 1 if PER_QUERY_HEAD else GROUP // PACK
+    pid = tl.program_id(0)
+    part = pid % (SPLIT_Q * GROUPS)
+    b, head, row = locate(order, pid // (SPLIT_Q * GROUPS), num_lines, list_heads)
+    if PER_QUERY_HEAD:
+        h = head
+    else:
+        h = head * GROUP + (part // SPLIT_Q) * PACK
+    kv = h // GROUP
+    t = row * (SPLIT_Q * ROWS) + (part % SPLIT_Q) * ROWS
+    first, full, tail, last = load_bounds(bounds, b, head, row, bounds_b, bounds_h)
+    local, sinks, stride, residue = first, first, first, first
+    if CLOSED:
+        local, sinks, stride, residue = load_pattern(pattern, head, pattern_h)
+    q_tile = load_tile(q, b, h, t, num_q, q_b, q_h, q_t, PACK, ROWS, D, BLOCK_D, TMA, UPCAST)
+    acc = tl.zeros([PACK * ROWS, BLOCK_DV], tl.float32)
+    m = tl.full([PACK * ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([PACK * ROWS], tl.float32)
+
+    qp = load_tokens(q_pos, b, t, num_q, qpos_b, PACK, ROWS, PAD_QUERY)
+    qd = qp
+    if HAS_DOC:
+        qd = load_tokens(q_doc, b, t, num_q, qdoc_b, PACK, ROWS, -1)
+    head_part = full - first
+    for i in tl.range(0, (head_part + last - tail) * SPLIT_K, num_stages=1):
+        n = i // SPLIT_K
+        n = tl.where(n < head_part, first + n, tail + n - head_part)
+        if CLOSED:
+            j = closed_row(n, row, local, sinks, stride, residue)
+        else:
+            j = tl.load(entries + n)
+        s = (j * SPLIT_K + i % SPLIT_K) * COLS
+        k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
+        v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
+        kp = load_tokens(k_pos, b, s, num_k, kpos_b, 1, COLS, PAD_KEY)
+        kd = kp
+        if HAS_DOC:
+            kd = load_tokens(k_doc, b, s, num_k, kdoc_b, 1, COLS, -2)
+        seen = visible(qp[:, None], kp[None, :], qd[:, None], kd[None, :], window, HAS_DOC, HAS_WINDOW)
+        acc, m, total = forward_step(q_tile, k_tile, v_tile, acc, m, total, seen, scale_log2, True, PRECISION)
+
+    for i in tl.range(full * SPLIT_K, tail * SPLIT_K, warp_specialize=WARP_SPECIALIZE):
+        n = i // SPLIT_K
+        if CLOSED:
+            j = closed_row(n, row, local, sinks, stride, residue)
+        else:
+            j = tl.load(entries + n)
+        s = (j * SPLIT_K + i % SPLIT_K) * COLS
+        k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
+        v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
+        acc, m, total = forward_step(q_tile, k_tile, v_tile, acc, m, total, 0, scale_log2, False, PRECISION)
+
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    store_tile(out, acc, 1.0, b, h, t, num_q, o_b, o_h, o_t, PACK, ROWS, DV, BLOCK_DV, False)
+    r = tl.arange(0, PACK * ROWS)
+    at = (b.to(tl.int64) * num_heads + h + r // ROWS) * num_q + t + r % ROWS
+    value = tl.where(empty, float("-inf"), (m + tl.log2(total)) * LN2)
+    tl.store(lse + at, value, mask=(t + r % ROWS) < num_q)
