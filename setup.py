@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         *find_packages(include=["ltrain", "ltrain.*"]),
-        *(name.replace("kernels", "ltrain_kernels", 1) for name in find_packages(include=["kernels", "kernels.*"])),
+        *(n.replace("kernels", "ltrain_kernels", 1) for n in find_packages(include=["kernels", "kernels.*"])),
     ],
     package_dir={"ltrain": "ltrain", "ltrain_kernels": "kernels"},
     package_data={"ltrain": ["py.typed"], "ltrain_kernels": ["**/*.cpp", "**/*.json", "py.typed"]},
@@ -41,7 +41,7 @@ setup(
         "ninja",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "peft", "pre-commit"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "peft"],
         "eval": ["lm-eval"],
     },
     entry_points={"console_scripts": ["ltrain = ltrain.cli:main"]},

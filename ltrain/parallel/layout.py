@@ -1,7 +1,7 @@
 """Which rank of a context-parallel group holds which tokens.
 
-A layout is pure arithmetic on token ids in document order; it never communicates. The loader applies it once to
-tokens, labels, positions and document ids, and the model then lives in that order end to end.
+A layout is pure arithmetic on token ids in document order; it never communicates. The loader applies it once
+to tokens, labels, positions and document ids, and the model then lives in that order end to end.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ LayoutKind = Literal["striped", "zigzag", "contiguous", "dealt"]
 class SequenceLayout:
     """Deals `num_tokens` tokens to `world_size` ranks in blocks of `block` tokens.
 
-    - `striped`: block i goes to rank i mod world_size. A causal, sliding or block-Toeplitz mask is then even over
-      ranks and over ring steps (arXiv 2510.18830, section 3).
+    - `striped`: block i goes to rank i mod world_size. A causal, sliding or block-Toeplitz mask is then even
+      over ranks and over ring steps (arXiv 2510.18830, section 3).
     - `zigzag`: 2 x world_size chunks, rank r holds chunks r and 2 x world_size - 1 - r.
     - `contiguous`: rank r holds the r-th run of blocks.
-    - `dealt`: an explicit owner for every block (`SequenceLayout.dealt`), for masks that no regular deal balances and
-      for groups whose members are not equally fast.
+    - `dealt`: an explicit owner for every block (`SequenceLayout.dealt`), for masks that no regular deal
+      balances and for groups whose members are not equally fast.
 
-    Any number of tokens and ranks is allowed: shards differ in length, the last block may be short, a rank may hold
-    nothing. Tokens keep their document order inside a shard.
+    Any number of tokens and ranks is allowed: shards differ in length, the last block may be short, a rank
+    may hold nothing. Tokens keep their document order inside a shard.
 
     Raises ConfigError on a negative token count, or on a rank count or block below one.
     """
@@ -78,7 +78,7 @@ class SequenceLayout:
         if self.kind == "striped":
             return blocks % self.world_size
         chunks = self.world_size if self.kind == "contiguous" else 2 * self.world_size
-        # Chunk sizes differ by at most one block; the longer chunks come first.
+        # Chunk sizes differ by at most one block.
         chunk = (blocks * chunks) // max(self.num_blocks, 1)
         if self.kind == "contiguous":
             return chunk
@@ -107,7 +107,9 @@ class SequenceLayout:
         return torch.from_numpy(ids[ids < self.num_tokens].astype(np.int32))
 
     def shard(self, x: Tensor, rank: int, dim: int) -> Tensor:
-        """The tokens of `x` along `dim` that `rank` holds, in a new tensor. Raises ValueError on another length."""
+        """The tokens of `x` along `dim` that `rank` holds, in a new tensor. Raises ValueError on another
+        length.
+        """
         if x.shape[dim] != self.num_tokens:
             raise ValueError(f"x.shape[{dim}]={x.shape[dim]} must be layout.num_tokens={self.num_tokens}")
         return x.index_select(dim, self.positions(rank).to(x.device, torch.int64))

@@ -39,8 +39,8 @@ def _rank_main(
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0) -> list[Any]:
     """Call `fn(rank, world_size, *args)` on `world_size` gloo ranks; return the results by rank.
 
-    `fn` must be importable (module level) and its arguments and result picklable; return numpy arrays or Python
-    values rather than tensors. Raises AssertionError with the first failing rank's traceback.
+    `fn` must be importable (module level) and its arguments and result picklable; return numpy arrays or
+    Python values rather than tensors. Raises AssertionError with the first failing rank's traceback.
     """
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

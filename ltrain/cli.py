@@ -1,0 +1,103 @@
+"""The `ltrain` command: every subcommand checks its input first and exits with 2, and a line a fault, if it
+is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ltrain import __version__
+from ltrain.config.base import ConfigError
+
+EXIT_BAD_INPUT = 2
+
+Command = Callable[[argparse.Namespace, list[str]], int]
+
+
+def _config(args: argparse.Namespace, overrides: list[str]) -> Any:
+    from ltrain.config.load import load_config, parse_overrides
+
+    return load_config(args.config, parse_overrides(overrides))
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.train.main import train
+
+    return train(_config(args, overrides))
+
+
+def _check(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.train.check import print_check
+
+    return print_check(_config(args, overrides), args.world_size)
+
+
+def _export(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.train.main import export
+
+    return export(_config(args, overrides), args.out, args.step)
+
+
+def _env(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.metrics.environment import print_environment
+
+    _none(overrides)
+    return print_environment()
+
+
+def _none(overrides: list[str]) -> None:
+    if overrides:
+        raise ConfigError("command line", " ".join(overrides), "is not known to this command")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="ltrain",
+        description="Extend the context of a pretrained language model.",
+        epilog="Fields of the configuration are overridden by --section.field VALUE after CONFIG.",
+    )
+    top.add_argument("--version", action="version", version=f"ltrain {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Command, text: str, *, config: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(run=run)
+        if config:
+            command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
+        return command
+
+    add("train", _train, "Train; under torchrun on all its ranks, alone otherwise.")
+    check = add("check", _check, "Say what a run would do, and whether it can, without starting it.")
+    check.add_argument("--world-size", type=int, default=1, help="number of ranks to plan for")
+    export = add("export", _export, "Write a checkpoint of a run as a Hugging Face folder.")
+    export.add_argument("--out", type=Path, default=None, help="folder to write (default: RUN/hf)")
+    export.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
+    add("env", _env, "Versions, devices and which kernels are usable and why not.", config=False)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    args, rest = parser().parse_known_args(arguments)
+    # mcore and its optional parts tell at import what is not installed; nothing of it concerns a user.
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("ltrain").setLevel(logging.INFO)
+    try:
+        return int(args.run(args, rest))
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"ltrain: {line}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

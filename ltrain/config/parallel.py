@@ -1,0 +1,42 @@
+"""How the work is laid over devices: `parallel`, and what attention computes: `attention`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from ltrain.config.base import Section
+
+
+class ContextSection(Section):
+    degree: PositiveInt = 1
+    """Ranks that share one sequence."""
+    schedule: Literal[
+        "auto", "ring", "hierarchical", "all_gather", "ulysses", "ulysses_ring", "halo", "needed"
+    ] = "auto"
+    """How keys and values travel; `auto` asks the cost model and prints its choice and why."""
+    layout: Literal["striped", "zigzag", "contiguous"] = "striped"
+    """Which rank holds which tokens."""
+    block: PositiveInt = 128
+    """Tokens of a block: the unit of the layout and of sparse patterns."""
+    node_size: PositiveInt | None = None
+    """Ranks of the group inside one node, for hierarchical schedules; taken from the launch where absent."""
+
+
+class ParallelSection(Section):
+    tensor: PositiveInt = 1
+    """Tensor-parallel degree."""
+    sequence_parallel: bool = True
+    """Shard norms and residuals over the tensor-parallel ranks (without effect at degree 1)."""
+    pipeline: PositiveInt = 1
+    """Pipeline-parallel degree."""
+    context: ContextSection = ContextSection()
+    """Context parallelism."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward still runs."""
+
+
+class AttentionSection(Section):
+    backend: Literal["auto", "reference", "cpu", "triton", "sdpa"] = Field("auto")
+    """Kernel of the local attention; `auto` takes the fastest that serves the pattern on this device."""

@@ -1,0 +1,97 @@
+"""`RunConfig`: every section of a run's YAML file, and the rules that join sections."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from ltrain.config.base import ConfigError, Section
+from ltrain.config.data import DataConfig
+from ltrain.config.model import ModelConfig
+from ltrain.config.parallel import AttentionSection, ParallelSection
+from ltrain.config.rope import KeepRope, RopeConfig
+from ltrain.config.train import (
+    AdamW,
+    CheckpointSection,
+    CosineSchedule,
+    EvalSection,
+    MetricsSection,
+    OptimizerConfig,
+    ProfileSection,
+    RunSection,
+    ScheduleConfig,
+    TrainSection,
+)
+
+
+class RunConfig(Section):
+    """One run. Only `model` and `data` have no default."""
+
+    run: RunSection = RunSection()
+    """Name, place and seed."""
+    model: ModelConfig
+    """The model to train."""
+    rope: RopeConfig = KeepRope()
+    """How the rotary embedding is changed for the longer context."""
+    data: DataConfig
+    """What to train on."""
+    train: TrainSection = TrainSection()
+    """How long and at what context."""
+    optimizer: OptimizerConfig = Field(default_factory=AdamW)
+    """The optimizer."""
+    schedule: ScheduleConfig = Field(default_factory=CosineSchedule)
+    """The learning rate over the steps."""
+    parallel: ParallelSection = ParallelSection()
+    """How the work is laid over devices."""
+    attention: AttentionSection = AttentionSection()
+    """What attention computes."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """Saving and resuming."""
+    metrics: MetricsSection = MetricsSection()
+    """Where measurements go."""
+    eval: EvalSection = EvalSection()
+    """Held-out evaluation while training."""
+    profile: ProfileSection = ProfileSection()
+    """Traces and memory snapshots."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        check_sections(self)
+        return self
+
+
+def check_sections(config: RunConfig) -> None:
+    """Raise ConfigError where sections contradict one another, whatever the world size."""
+    train, parallel = config.train, config.parallel
+    if train.tokens_per_step % train.seq_len:
+        lower = max(1, train.tokens_per_step // train.seq_len) * train.seq_len
+        raise ConfigError(
+            "train.tokens_per_step",
+            train.tokens_per_step,
+            f"must be a multiple of train.seq_len={train.seq_len}",
+            f"use {lower} or {lower + train.seq_len}",
+        )
+    if parallel.tensor > 1 and parallel.sequence_parallel:
+        for name, value in (
+            ("train.seq_len", train.seq_len),
+            ("parallel.context.block", parallel.context.block),
+        ):
+            if value % parallel.tensor:
+                raise ConfigError(
+                    name,
+                    value,
+                    f"must be a multiple of parallel.tensor={parallel.tensor} with sequence parallelism",
+                    f"use {value // parallel.tensor * parallel.tensor or parallel.tensor}",
+                )
+    if config.schedule.warmup_steps > train.steps:
+        raise ConfigError(
+            "schedule.warmup_steps",
+            config.schedule.warmup_steps,
+            f"must not exceed train.steps={train.steps}",
+        )
+    node_size = parallel.context.node_size
+    if node_size is not None and parallel.context.degree % node_size:
+        raise ConfigError(
+            "parallel.context.node_size",
+            node_size,
+            f"must divide parallel.context.degree={parallel.context.degree}",
+        )

@@ -1,0 +1,1 @@
+"""Checkpoints: atomic, verified, asynchronous, readable into another layout, free of executable content."""

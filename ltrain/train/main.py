@@ -1,0 +1,144 @@
+"""From a configuration to a finished run: build, restore, train, export."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ltrain.config.base import ConfigError
+from ltrain.config.schema import RunConfig
+from ltrain.parallel import seam
+from ltrain.parallel.mesh import init_process_group
+from ltrain.train.build import build_run, check_run
+from ltrain.train.checkpoint.folder import CheckpointError
+from ltrain.train.checkpoint.manager import CheckpointManager
+from ltrain.train.run import Run, model_fingerprint, write_config
+from ltrain.train.signals import die_with_parent
+from ltrain.train.trainer import NonFinite, Trainer
+
+log = logging.getLogger("ltrain")
+
+EXIT_CHECKPOINT = 3
+EXIT_RESOURCES = 4
+
+
+def train(config: RunConfig) -> int:
+    """Run a training job, or this process's rank of it. Returns the exit code.
+
+    0 done; 2 the input is wrong; 3 no usable checkpoint; 4 out of a resource, or training diverged; 75
+    stopped on request. Input is checked before a process group starts.
+    """
+    die_with_parent()
+    check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if int(os.environ.get("RANK", "0")):
+        log.setLevel(logging.WARNING)
+    init_process_group(config.train.timeout_s)
+    try:
+        return _train(config)
+    except ConfigError:
+        raise
+    except (CheckpointError, NonFinite) as error:
+        log.error("%s", error)
+        return EXIT_CHECKPOINT if isinstance(error, CheckpointError) else EXIT_RESOURCES
+    except torch.OutOfMemoryError as error:
+        log.error(
+            "rank %d: out of device memory (%s). %s", dist.get_rank(), str(error).splitlines()[0], _LEVERS
+        )
+        return EXIT_RESOURCES
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            log.error("rank %d: out of host memory. %s", dist.get_rank(), _LEVERS)
+            return EXIT_RESOURCES
+        log.error("rank %d failed:\n%s", dist.get_rank(), traceback.format_exc())
+        return 1
+    finally:
+        sys.stdout.flush()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+_LEVERS = (
+    "In this order: a higher memory.level, a larger parallel.context.degree, a smaller train.loss_chunk_tokens, "
+    "optimizer.kind=cpu_adam."
+)
+
+
+def _train(config: RunConfig) -> int:
+    set_seed(config.run.seed)
+    torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
+    run = build_run(config)
+    if dist.get_rank() == 0:
+        write_config(config, run.folder)
+        (run.folder / "PREEMPTED").unlink(missing_ok=True)
+    restore(config, run)
+    if dist.get_rank() == 0:
+        for line in run.banner():
+            log.info("%s", line)
+    code = Trainer(config, run).train()
+    if code == 0 and config.checkpoint.export:
+        export_run(run, run.folder / "hf")
+        if dist.get_rank() == 0:
+            log.info("model: %s", run.folder / "hf")
+    return code
+
+
+def restore(config: RunConfig, run: Run) -> None:
+    """Continue from the run's newest whole checkpoint, or start from another run's parameters."""
+    reader = run.checkpoints.open_newest() if config.checkpoint.resume else None
+    if reader is not None:
+        if reader.state["fingerprint"] != model_fingerprint(run.spec):
+            raise ConfigError(
+                "run.name", config.run.name, "has checkpoints of another model", "choose another name"
+            )
+        run.restore(reader)
+        log.info("continuing at step %d", run.step)
+    elif config.checkpoint.init_from is not None:
+        source = config.checkpoint.init_from
+        problem = run.checkpoints.check(source)
+        if problem is not None:
+            raise ConfigError("checkpoint.init_from", str(source), problem)
+        from ltrain.train.checkpoint.reading import CheckpointReader
+
+        run.restore_parameters(CheckpointReader(source))
+        log.info("parameters from %s", source)
+
+
+def export_run(run: Run, folder: Path) -> None:
+    """Write the model as a Hugging Face folder with its new context; collective."""
+    from ltrain.model.weights import export_model
+
+    export_model(run.model, run.spec, run.mesh, folder, tokenizer=run.tokenizer)
+
+
+def export(config: RunConfig, out: Path | None, step: int | None) -> int:
+    """Write a checkpoint of a run as a Hugging Face folder."""
+    check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    init_process_group(config.train.timeout_s)
+    run = build_run(config)
+    checkpoints: CheckpointManager = run.checkpoints
+    reader = checkpoints.open_newest(None if step is None else step + 1)
+    if reader is None or (step is not None and reader.state["step"] != step):
+        raise ConfigError("--step", step, f"is not a whole checkpoint in {checkpoints.root}")
+    run.restore(reader)
+    folder = out or run.folder / "hf"
+    export_run(run, folder)
+    log.info("step %d exported to %s", run.step, folder)
+    dist.destroy_process_group()
+    return 0
+
+
+def set_seed(seed: int) -> None:
+    """Seed every generator of this process; the ranks of a model share a seed, so that copies stay equal."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+    if not seam.on_cpu():
+        torch.cuda.manual_seed(seed)

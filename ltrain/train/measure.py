@@ -1,0 +1,164 @@
+"""One record of metrics a step, reduced over ranks and sent to the sinks of the main process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ltrain.config.schema import RunConfig
+from ltrain.metrics import devices
+from ltrain.metrics.console import make_console
+from ltrain.metrics.names import METRICS
+from ltrain.metrics.sinks import Fanout, JsonLines, TensorBoard, WandB
+from ltrain.metrics.timers import Timers
+from ltrain.model.flops import step_flops
+from ltrain.train.batch import MicroBatch
+from ltrain.train.evaluate import Evaluation
+from ltrain.train.optimizer import OptimizerStep
+from ltrain.train.run import Run
+from ltrain.train.step import StepResult
+
+
+class Measure:
+    """Collects, reduces and writes the metrics of a run."""
+
+    def __init__(self, config: RunConfig, run: Run, timers: Timers) -> None:
+        self.config, self.run, self.timers = config, run, timers
+        self.main = dist.get_rank() == 0
+        self._first = True
+        self._profiler: Any = None
+        self.peak = config.metrics.peak_tflops
+        if self.peak is None and torch.cuda.is_available():
+            self.peak = devices.peak_tflops(torch.cuda.get_device_name())
+        self.sinks = Fanout([])
+        if self.main:
+            self._open_sinks()
+
+    def _open_sinks(self) -> None:
+        config, run = self.config, self.run
+        self.sinks = Fanout([JsonLines(run.folder / "metrics.jsonl", run.step or None)])
+        console = make_console(config.metrics.console, config.train.steps, config.run.name)
+        if console is not None:
+            self.sinks.add(lambda: console, "the console")
+        if config.metrics.tensorboard:
+            self.sinks.add(lambda: TensorBoard(run.folder / "tensorboard"), "TensorBoard")
+        if config.metrics.wandb != "off":
+            self.sinks.add(
+                lambda: WandB(
+                    run.folder,
+                    mode=config.metrics.wandb,
+                    project=config.metrics.wandb_project,
+                    name=config.run.name,
+                    tags=config.metrics.wandb_tags,
+                    config={**config.model_dump(mode="json"), "environment": run.environment()},
+                ),
+                "Weights & Biases",
+            )
+
+    def step(
+        self,
+        *,
+        data: Any,
+        batches: list[MicroBatch],
+        result: StepResult,
+        outcome: OptimizerStep,
+        lr: float,
+        seconds: float,
+    ) -> None:
+        """Write the record of the step that has just ended; collective over the default group."""
+        run, config = self.run, self.config
+        times = self.timers.collect()
+        if run.step % config.metrics.every and run.step != config.train.steps:
+            return
+        local = {**times, **devices.memory_metrics(), "perf/step_time_s": seconds}
+        local["balance/compute"] = times.get("time/forward_backward_s", 0.0)
+        if torch.cuda.is_available():
+            local |= devices.gpu_metrics(torch.cuda.current_device())
+        metrics, spread = reduce_over_ranks(local, run.mesh.device)
+        if not self.main:
+            return
+        seconds = metrics["perf/step_time_s"]
+        compute = spread["balance/compute"]
+        metrics.pop("balance/compute", None)
+        world = run.mesh.world_size
+        lengths = [n for row in data.rows for n in row.document_lengths]
+        flops = step_flops(run.spec, lengths)
+        tflops = flops.model / seconds / world / 1e12
+        metrics |= {
+            "train/loss": result.loss,
+            "train/ppl": math.exp(min(result.loss, 80.0)),
+            "train/grad_norm": outcome.grad_norm,
+            "train/lr": lr,
+            "train/tokens": float(run.tokens),
+            "train/target_tokens": float(result.num_targets),
+            "train/skipped_steps": float(run.skipped_steps),
+            "train/rollbacks": float(run.rollbacks),
+            "perf/tokens_per_s": config.train.tokens_per_step / seconds,
+            "perf/tokens_per_s_per_gpu": config.train.tokens_per_step / seconds / world,
+            "perf/tflops_per_gpu": tflops,
+            "perf/tflops_executed_per_gpu": flops.executed / seconds / world / 1e12,
+            "balance/compute_max_over_mean": compute[0] / compute[1] if compute[1] else 1.0,
+            **data.stats,
+        }
+        if self.peak is not None:
+            metrics["perf/mfu"] = tflops / self.peak
+        self.sinks.write(run.step, metrics)
+
+    def evaluation(self, outcome: Evaluation) -> None:
+        """Write a held-out evaluation."""
+        if self.main:
+            self.sinks.write(self.run.step, outcome.metrics())
+
+    @contextmanager
+    def profile(self, step: int) -> Iterator[None]:
+        """Record traces and memory of the configured steps on the configured ranks."""
+        settings = self.config.profile
+        if settings.steps is None or dist.get_rank() not in settings.ranks:
+            yield
+            return
+        first, last = settings.steps
+        folder = self.run.folder / "profile"
+        if step == first:
+            folder.mkdir(parents=True, exist_ok=True)
+            if "trace" in settings.kinds:
+                self._profiler = torch.profiler.profile(profile_memory=True, with_stack=False)
+                self._profiler.start()
+            if "memory" in settings.kinds and torch.cuda.is_available():
+                torch.cuda.memory._record_memory_history()
+        yield
+        if step == last:
+            if self._profiler is not None:
+                self._profiler.stop()
+                self._profiler.export_chrome_trace(str(folder / f"trace-rank{dist.get_rank()}.json"))
+                self._profiler = None
+            if "memory" in settings.kinds and torch.cuda.is_available():
+                torch.cuda.memory._dump_snapshot(str(folder / f"memory-rank{dist.get_rank()}.pickle"))
+                torch.cuda.memory._record_memory_history(enabled=None)
+
+    def close(self) -> None:
+        self.sinks.close()
+
+
+def reduce_over_ranks(
+    local: dict[str, float], device: torch.device
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Reduce over all ranks, each metric by its declared rule; also return (max, mean) of each.
+
+    Ranks may hold different names; a name that a rank does not hold counts as 0 there.
+    """
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, local)
+    names = sorted({name for values in gathered for name in values})
+    reduced, spread = {}, {}
+    for name in names:
+        values = [v.get(name, 0.0) for v in gathered]
+        mean = sum(values) / len(values)
+        spread[name] = (max(values), mean)
+        rule = METRICS[name].reduction if name in METRICS else "max"
+        reduced[name] = {"sum": sum(values), "mean": mean, "max": max(values), "last": values[0]}[rule]
+    return reduced, spread

@@ -1,0 +1,168 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ltrain.config.schema import RunConfig
+from ltrain.metrics.timers import Timers
+from ltrain.train.checkpoint.folder import CheckpointError
+from ltrain.train.evaluate import evaluate
+from ltrain.train.measure import Measure
+from ltrain.train.optimizer import learning_rate, optimizer_step, set_learning_rate
+from ltrain.train.run import Run
+from ltrain.train.signals import EXIT_STOPPED, StopRequest
+from ltrain.train.step import reduce_totals, run_model
+
+log = logging.getLogger("ltrain")
+
+EXIT_DONE = 0
+EXIT_RESOURCES = 4
+
+
+class Trainer:
+    """Trains one run from where it stands to its last step, and leaves a state from which it can go on."""
+
+    def __init__(self, config: RunConfig, run: Run) -> None:
+        self.config, self.run = config, run
+        self.timers = Timers()
+        self.measure = Measure(config, run, self.timers)
+        self.stop = StopRequest(config.train.max_minutes)
+        self._losses: deque[float] = deque(maxlen=50)
+        self._nonfinite_in_a_row = 0
+
+    def train(self) -> int:
+        """Run to the end. Returns the exit code: 0 done, 75 stopped on request, 4 out of a resource."""
+        run, config = self.run, self.config
+        try:
+            if run.step == 0 and config.eval.at_start:
+                self.evaluate()
+            while run.step < config.train.steps:
+                reason = self.stop.agreed(run.mesh.device)
+                if reason is not None:
+                    return self._leave(reason)
+                self.one_step()
+                if run.step == config.train.steps:
+                    break
+                if config.eval.every and run.step % config.eval.every == 0:
+                    self.evaluate()
+                if config.checkpoint.every and run.step % config.checkpoint.every == 0:
+                    self.save()
+                    if run.checkpoints.failure and config.checkpoint.on_full_disk == "stop":
+                        log.error("stopping: a checkpoint could not be written (%s)", run.checkpoints.failure)
+                        return EXIT_RESOURCES
+            if config.eval.at_end and (run.step > 0 or not config.eval.at_start):
+                self.evaluate()
+            self.save(wait=True)
+            return EXIT_DONE
+        finally:
+            run.checkpoints.wait()
+            self.measure.close()
+            self.stop.restore()
+
+    def one_step(self) -> None:
+        """Load, forward, backward, step, measure."""
+        run, config, timers = self.run, self.config, self.timers
+        began = time.perf_counter()
+        with timers.phase("data", host=True):
+            data = run.loader.next_step()
+            batches = run.assignment.batches(data.rows)
+        run.ddp.zero_grad_buffer()
+        run.optimizer.zero_grad()
+        with self.measure.profile(run.step + 1):
+            with timers.phase("forward_backward"):
+                totals = run_model(run.ddp, run.mesh, batches, train=True)
+            result = reduce_totals(totals, run.mesh)
+            lr = learning_rate(config.schedule, config.optimizer.lr, run.step, config.train.steps)
+            set_learning_rate(run.optimizer, lr)
+            with timers.phase("optimizer"):
+                outcome = optimizer_step(run.optimizer, config.optimizer.max_grad_norm)
+        run.step += 1
+        run.tokens += config.train.tokens_per_step
+        self._guard(result.loss, outcome.skipped)
+        self.measure.step(
+            data=data,
+            batches=batches,
+            result=result,
+            outcome=outcome,
+            lr=lr,
+            seconds=time.perf_counter() - began,
+        )
+
+    def evaluate(self) -> None:
+        """Log the held-out loss by position, if there is held-out text."""
+        run = self.run
+        if not run.held_out:
+            return
+        outcome = evaluate(run.ddp, run.mesh, run.held_out, run.buckets, run.assignment)
+        self.measure.evaluation(outcome)
+
+    def save(self, *, wait: bool = False) -> None:
+        """Save a checkpoint; training waits only for the copy to host memory."""
+        run = self.run
+        if run.checkpoints.last_saved == run.step:
+            return
+        with self.timers.phase("checkpoint", host=True):
+            run.checkpoints.save(run.snapshot(), wait=wait)
+
+    def _leave(self, reason: str) -> int:
+        run = self.run
+        self.save(wait=True)
+        if dist.get_rank() == 0:
+            (Path(run.folder) / "PREEMPTED").write_text(f"{run.step}\n")
+            log.info("stopped at step %d (%s); the same command continues it", run.step, reason)
+        return EXIT_STOPPED
+
+    def _guard(self, loss: float, skipped: bool) -> None:
+        """Count skipped steps, and react to non-finite runs and loss spikes as configured."""
+        run, train = self.run, self.config.train
+        if skipped:
+            run.skipped_steps += 1
+            self._nonfinite_in_a_row += 1
+            if self._nonfinite_in_a_row >= train.nonfinite_limit:
+                count = self._nonfinite_in_a_row
+                raise NonFinite(
+                    f"the gradient was not finite in {count} steps in a row, up to step {run.step}"
+                )
+            return
+        self._nonfinite_in_a_row = 0
+        if not math.isfinite(loss):
+            return
+        spike = (
+            train.rollback_factor is not None
+            and len(self._losses) >= 10
+            and loss > train.rollback_factor * statistics.median(self._losses)
+        )
+        if spike:
+            self._roll_back(loss)
+        else:
+            self._losses.append(loss)
+
+    def _roll_back(self, loss: float) -> None:
+        run = self.run
+        if run.rollbacks >= self.config.train.rollback_limit:
+            raise NonFinite(f"the loss rose to {loss:.3f} again after {run.rollbacks} rollbacks")
+        position: Any = run.loader.state_dict()
+        reader = run.checkpoints.open_newest()
+        if reader is None:
+            raise CheckpointError(f"the loss rose to {loss:.3f} and there is no checkpoint to go back to")
+        spike_step, rollbacks, skipped = run.step, run.rollbacks + 1, run.skipped_steps
+        run.restore(reader)
+        run.loader.load_state_dict(position)  # the batches that led to the spike are not seen again
+        run.rollbacks, run.skipped_steps = rollbacks, skipped
+        self._losses.clear()
+        log.warning(
+            "loss %.3f at step %d: back to step %d, its batches are skipped", loss, spike_step, run.step
+        )
+
+
+class NonFinite(Exception):
+    """Training cannot go on: gradients or losses are out of bounds."""
