@@ -220,18 +220,23 @@ def delta(out: Tensor, dout: Tensor, dlse: Tensor | None = None) -> Tensor:
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse: Tensor, plan: Plan, scale: float,
-    grads: tuple[Tensor, Tensor, Tensor] | None = None, out_dtype: torch.dtype | None = None,
-    tiles: tuple[Tile | None, Tile | None] = (None, None),
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv) in `out_dtype` (the inputs' by default); with `grads`, add into those tensors and return them."""
+    into: tuple[Tensor, Tensor, Tensor], *, accumulate: bool, tiles: tuple[Tile | None, Tile | None] = (None, None),
+    parts: tuple[str, ...] = ("dq", "dkdv"),
+) -> None:  # fmt: skip
+    """Write dq, dk, dv into the tensors `into` (any strides but a contiguous last axis); `accumulate` adds to them.
+
+    `tiles` overrides the table and `parts` leaves a kernel out: for tuning.
+    """
     launch = _launch(q, k, v, plan, scale)
     dout, q, k, v = (_last_contiguous(x) for x in (dout.to(q.dtype), q, k, v))
-    if grads is None:
-        dq, dk, dv = (torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device) for x in (q, k, v))
-    else:
-        dq, dk, dv = grads
+    dq, dk, dv = into
+    for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
+        require(x.stride(-1) == 1, f"grads {name}.stride(-1)", x.stride(-1), "must be 1 for backend 'triton'")
     if not q.numel() or not k.numel():
-        return (dq, dk, dv) if grads is not None else (dq.zero_(), dk.zero_(), dv.zero_())
+        if not accumulate:
+            for x in into:
+                x.zero_()
+        return
     # Base 2, and +inf for rows without keys: then exp2(s - lse2) is 0 there, with no test in the kernels.
     lse2 = torch.where(lse == float("-inf"), float("inf"), lse * LOG2E).contiguous()
     heads, kv_heads = q.shape[2], k.shape[2]
@@ -241,7 +246,7 @@ def backward(
     sizes = (arch, q.element_size() * 8, group, q.shape[3], v.shape[3], launch)
     shared = {
         "lse2": lse2, "delta": delta.contiguous(), "num_heads": heads, "scale": scale,
-        "ACCUMULATE": grads is not None, **_strides(q=q, k=k, v=v, do=dout),
+        "ACCUMULATE": accumulate, **_strides(q=q, k=k, v=v, do=dout),
     }  # fmt: skip
 
     def operands(geo: _Geometry) -> dict[str, Any]:
@@ -254,15 +259,16 @@ def backward(
             "dout": _descriptor(dout, geo.pack, geo.rows, geo.block_v),
         }
 
-    lines, geo = launch.rows, geometry("dq", *sizes, tiles[0])
-    programs = lines.order.numel() * geo.split_q * (1 if launch.per_query_head else group // geo.pack)
-    attention_dq[(programs,)](
-        dq=dq, list_heads=lines.item_heads, **operands(geo), **shared, **_strides(dq=dq),
-        **_common(launch, lines), **_pattern(lines), **_shape_args(q, k, v, geo, tma, scale),
-    )  # fmt: skip
-    lines, geo = launch.columns, geometry("dkdv", *sizes, tiles[1])
-    attention_dkdv[(lines.order.numel() * geo.split_k,)](
-        dk=dk, dv=dv, kv_heads=kv_heads, **operands(geo), **shared, **_strides(dk=dk, dv=dv),
-        **_common(launch, lines), **_shape_args(q, k, v, geo, tma, scale),
-    )  # fmt: skip
-    return dq, dk, dv
+    if "dq" in parts:
+        lines, geo = launch.rows, geometry("dq", *sizes, tiles[0])
+        programs = lines.order.numel() * geo.split_q * (1 if launch.per_query_head else group // geo.pack)
+        attention_dq[(programs,)](
+            dq=dq, list_heads=lines.item_heads, **operands(geo), **shared, **_strides(dq=dq),
+            **_common(launch, lines), **_pattern(lines), **_shape_args(q, k, v, geo, tma, scale),
+        )  # fmt: skip
+    if "dkdv" in parts:
+        lines, geo = launch.columns, geometry("dkdv", *sizes, tiles[1])
+        attention_dkdv[(lines.order.numel() * geo.split_k,)](
+            dk=dk, dv=dv, kv_heads=kv_heads, **operands(geo), **shared, **_strides(dk=dk, dv=dv),
+            **_common(launch, lines), **_shape_args(q, k, v, geo, tma, scale),
+        )  # fmt: skip

@@ -20,6 +20,7 @@ from ltrain_kernels.block_sparse.triton_tiles import (
     load_tile,
     load_tokens,
     locate,
+    row_offsets,
     store_tile,
     visible,
 )
@@ -83,6 +84,17 @@ def attention_forward(
     m = tl.full([PACK * ROWS], float("-inf"), tl.float32)
     total = tl.zeros([PACK * ROWS], tl.float32)
 
+    for i in tl.range(full * SPLIT_K, tail * SPLIT_K, warp_specialize=WARP_SPECIALIZE):
+        n = i // SPLIT_K
+        if CLOSED:
+            j = closed_row(n, row, local, sinks, stride, residue)
+        else:
+            j = tl.load(entries + n)
+        s = (j * SPLIT_K + i % SPLIT_K) * COLS
+        k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
+        v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
+        acc, m, total = forward_step(q_tile, k_tile, v_tile, acc, m, total, 0, scale_log2, False, PRECISION)
+
     qp = load_tokens(q_pos, b, t, num_q, qpos_b, PACK, ROWS, PAD_QUERY)
     qd = qp
     if HAS_DOC:
@@ -105,21 +117,9 @@ def attention_forward(
         seen = visible(qp[:, None], kp[None, :], qd[:, None], kd[None, :], window, HAS_DOC, HAS_WINDOW)
         acc, m, total = forward_step(q_tile, k_tile, v_tile, acc, m, total, seen, scale_log2, True, PRECISION)
 
-    for i in tl.range(full * SPLIT_K, tail * SPLIT_K, warp_specialize=WARP_SPECIALIZE):
-        n = i // SPLIT_K
-        if CLOSED:
-            j = closed_row(n, row, local, sinks, stride, residue)
-        else:
-            j = tl.load(entries + n)
-        s = (j * SPLIT_K + i % SPLIT_K) * COLS
-        k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
-        v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
-        acc, m, total = forward_step(q_tile, k_tile, v_tile, acc, m, total, 0, scale_log2, False, PRECISION)
-
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     store_tile(out, acc, 1.0, b, h, t, num_q, o_b, o_h, o_t, PACK, ROWS, DV, BLOCK_DV, False)
-    r = tl.arange(0, PACK * ROWS)
-    at = (b.to(tl.int64) * num_heads + h + r // ROWS) * num_q + t + r % ROWS
+    at, inside = row_offsets(b, h, t, num_q, num_heads, PACK, ROWS)
     value = tl.where(empty, float("-inf"), (m + tl.log2(total)) * LN2)
-    tl.store(lse + at, value, mask=(t + r % ROWS) < num_q)
+    tl.store(lse + at, value, mask=inside)

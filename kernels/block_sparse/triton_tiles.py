@@ -94,11 +94,11 @@ def store_tile(
 
 
 @triton.jit
-def load_rows(src, b, h, t, num_tokens, num_heads, HEADS: tl.constexpr, ROWS: tl.constexpr, OTHER: tl.constexpr):
-    """Per-row values [B, H, T] (contiguous) of the rows of a query tile."""
+def row_offsets(b, h, t, num_tokens, num_heads, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Where the rows of a query tile lie in a contiguous [B, H, T] tensor, and which of them exist."""
     r = tl.arange(0, HEADS * ROWS)
     at = (b.to(tl.int64) * num_heads + h + r // ROWS) * num_tokens + t + r % ROWS
-    return tl.load(src + at, mask=(t + r % ROWS) < num_tokens, other=OTHER)
+    return at, (t + r % ROWS) < num_tokens
 
 
 @triton.jit
