@@ -195,7 +195,7 @@ def forward(
         k=_descriptor(k, 1, geo.tile.cols, geo.block_d) if tma else k,
         v=_descriptor(v, 1, geo.tile.cols, geo.block_v) if tma else v,
         out=out, lse=lse, num_heads=heads, list_heads=lines.item_heads,
-        WARP_SPECIALIZE=geo.tile.warp_specialize,
+        ONE_LOOP=geo.tile.one_loop,
         **_strides(q=q, k=k, v=v, o=out), **_common(launch, lines), **_pattern(lines),
         **_shape_args(q, k, v, geo, tma, scale),
     )  # fmt: skip

@@ -20,6 +20,7 @@ from ltrain_kernels.block_sparse.triton_tiles import (
     load_tile,
     load_tokens,
     locate,
+    nth_entry,
     store_tile,
     visible,
 )
@@ -44,18 +45,6 @@ def attention_delta(
     if HAS_DLSE:
         value -= tl.load(dlse + at, mask=inside, other=0.0)
     tl.store(delta + at, value, mask=inside)
-
-
-@triton.jit
-def dq_step(q, do, k, v, dq, lse2, delta, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """Add one key tile's part to dQ (unscaled)."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASKED:
-        s = tl.where(seen, s, float("-inf"))
-    p = tl.exp2(s * scale_log2 - lse2[:, None])
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit
@@ -93,59 +82,34 @@ def attention_dq(
     row_delta = tl.load(delta + at, mask=inside, other=0.0)
     acc = tl.zeros([PACK * ROWS, BLOCK_D], tl.float32)
 
-    for i in tl.range(full * SPLIT_K, tail * SPLIT_K):
-        n = i // SPLIT_K
-        if CLOSED:
-            j = closed_row(n, row, local, sinks, stride, residue)
-        else:
-            j = tl.load(entries + n)
-        s = (j * SPLIT_K + i % SPLIT_K) * COLS
-        k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
-        v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
-        acc = dq_step(q_tile, do_tile, k_tile, v_tile, acc, row_lse2, row_delta, 0, scale_log2, False, PRECISION)
-
     qp = load_tokens(q_pos, b, t, num_q, qpos_b, PACK, ROWS, PAD_QUERY)
     qd = qp
     if HAS_DOC:
         qd = load_tokens(q_doc, b, t, num_q, qdoc_b, PACK, ROWS, -1)
-    head_part = full - first
-    for i in tl.range(0, (head_part + last - tail) * SPLIT_K, num_stages=1):
-        n = i // SPLIT_K
-        n = tl.where(n < head_part, first + n, tail + n - head_part)
+    whole = (tail - full) * SPLIT_K
+    for i in tl.range(0, whole + (full - first + last - tail) * SPLIT_K):
+        n = full + i // SPLIT_K
         if CLOSED:
+            n = nth_entry(i // SPLIT_K, first, full, tail)
             j = closed_row(n, row, local, sinks, stride, residue)
         else:
             j = tl.load(entries + n)
         s = (j * SPLIT_K + i % SPLIT_K) * COLS
         k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
         v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
-        kp = load_tokens(k_pos, b, s, num_k, kpos_b, 1, COLS, PAD_KEY)
-        kd = kp
-        if HAS_DOC:
-            kd = load_tokens(k_doc, b, s, num_k, kdoc_b, 1, COLS, -2)
-        seen = visible(qp[:, None], kp[None, :], qd[:, None], kd[None, :], window, HAS_DOC, HAS_WINDOW)
-        acc = dq_step(q_tile, do_tile, k_tile, v_tile, acc, row_lse2, row_delta, seen, scale_log2, True, PRECISION)
+        x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        if i >= whole:
+            kp = load_tokens(k_pos, b, s, num_k, kpos_b, 1, COLS, PAD_KEY)
+            kd = kp
+            if HAS_DOC:
+                kd = load_tokens(k_doc, b, s, num_k, kdoc_b, 1, COLS, -2)
+            seen = visible(qp[:, None], kp[None, :], qd[:, None], kd[None, :], window, HAS_DOC, HAS_WINDOW)
+            x = tl.where(seen, x, float("-inf"))
+        p = tl.exp2(x * scale_log2 - row_lse2[:, None])
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+        ds = p * (dp - row_delta[:, None])
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
     store_tile(dq, acc, scale, b, h, t, num_q, dq_b, dq_h, dq_t, PACK, ROWS, D, BLOCK_D, ACCUMULATE)
-
-
-@triton.jit
-def dkv_step(k, v, q, do, dk, dv, lse2, delta, at, inside, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """Add one query tile's part to dK (unscaled) and dV. Works on S^T, so that no operand is transposed in registers.
-
-    `lse2 + at` and `delta + at` point to the rows' values; a masked step reads them only after it has dropped the mask,
-    to need fewer registers at once.
-    """
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    if MASKED:
-        s = tl.where(seen, s, float("-inf"))
-    row_lse2 = tl.load(lse2 + at, mask=inside, other=float("inf"))
-    p = tl.exp2(s * scale_log2 - row_lse2[None, :])
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    row_delta = tl.load(delta + at, mask=inside, other=0.0)
-    ds = p * (dp - row_delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
 
 
 @triton.jit
@@ -180,44 +144,34 @@ def attention_dkdv(
     for g in range(LISTS):
         head = kv * GROUP + g if PER_QUERY_HEAD else kv
         first, full, tail, last = load_bounds(bounds, b, head, column, bounds_b, bounds_h)
-        for i in tl.range(full * TILES, tail * TILES):
-            row = i // TILES
-            if not CLOSED:
-                row = tl.load(entries + row)
+        whole = (tail - full) * TILES
+        for i in tl.range(0, whole + (full - first + last - tail) * TILES):
+            if CLOSED:
+                row = nth_entry(i // TILES, first, full, tail)
+            else:
+                row = tl.load(entries + full + i // TILES)
             h = kv * GROUP + (g if PER_QUERY_HEAD else (i % PACKS) * PACK)
             t = (row * SPLIT_Q + (i % TILES) // PACKS) * ROWS
             q_tile = load_tile(q, b, h, t, num_q, q_b, q_h, q_t, PACK, ROWS, D, BLOCK_D, TMA, UPCAST)
             do_tile = load_tile(dout, b, h, t, num_q, do_b, do_h, do_t, PACK, ROWS, DV, BLOCK_DV, TMA, UPCAST)
             at, inside = row_offsets(b, h, t, num_q, num_heads, PACK, ROWS)
-            dk_acc, dv_acc = dkv_step(
-                k_tile, v_tile, q_tile, do_tile, dk_acc, dv_acc, lse2, delta, at, inside, 0,
-                scale_log2, False, PRECISION,
-            )  # fmt: skip
-
-        kp = load_tokens(k_pos, b, s, num_k, kpos_b, 1, COLS, PAD_KEY)
-        kd = kp
-        if HAS_DOC:
-            kd = load_tokens(k_doc, b, s, num_k, kdoc_b, 1, COLS, -2)
-        head_part = full - first
-        for i in tl.range(0, (head_part + last - tail) * TILES, num_stages=1):
-            n = i // TILES
-            n = tl.where(n < head_part, first + n, tail + n - head_part)
-            row = n
-            if not CLOSED:
-                row = tl.load(entries + n)
-            h = kv * GROUP + (g if PER_QUERY_HEAD else (i % PACKS) * PACK)
-            t = (row * SPLIT_Q + (i % TILES) // PACKS) * ROWS
-            q_tile = load_tile(q, b, h, t, num_q, q_b, q_h, q_t, PACK, ROWS, D, BLOCK_D, TMA, UPCAST)
-            do_tile = load_tile(dout, b, h, t, num_q, do_b, do_h, do_t, PACK, ROWS, DV, BLOCK_DV, TMA, UPCAST)
-            at, inside = row_offsets(b, h, t, num_q, num_heads, PACK, ROWS)
-            qp = load_tokens(q_pos, b, t, num_q, qpos_b, PACK, ROWS, PAD_QUERY)
-            qd = qp
-            if HAS_DOC:
-                qd = load_tokens(q_doc, b, t, num_q, qdoc_b, PACK, ROWS, -1)
-            seen = visible(qp[None, :], kp[:, None], qd[None, :], kd[:, None], window, HAS_DOC, HAS_WINDOW)
-            dk_acc, dv_acc = dkv_step(
-                k_tile, v_tile, q_tile, do_tile, dk_acc, dv_acc, lse2, delta, at, inside, seen,
-                scale_log2, True, PRECISION,
-            )  # fmt: skip
+            x = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            if i >= whole:
+                kp = load_tokens(k_pos, b, s, num_k, kpos_b, 1, COLS, PAD_KEY)
+                kd = kp
+                qp = load_tokens(q_pos, b, t, num_q, qpos_b, PACK, ROWS, PAD_QUERY)
+                qd = qp
+                if HAS_DOC:
+                    kd = load_tokens(k_doc, b, s, num_k, kdoc_b, 1, COLS, -2)
+                    qd = load_tokens(q_doc, b, t, num_q, qdoc_b, PACK, ROWS, -1)
+                seen = visible(qp[None, :], kp[:, None], qd[None, :], kd[:, None], window, HAS_DOC, HAS_WINDOW)
+                x = tl.where(seen, x, float("-inf"))
+            row_lse2 = tl.load(lse2 + at, mask=inside, other=float("inf"))
+            p = tl.exp2(x * scale_log2 - row_lse2[None, :])
+            dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
+            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+            row_delta = tl.load(delta + at, mask=inside, other=0.0)
+            ds = p * (dp - row_delta[None, :])
+            dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
     store_tile(dk, dk_acc, scale, b, kv, s, num_k, dk_b, dk_h, dk_t, 1, COLS, D, BLOCK_D, ACCUMULATE)
     store_tile(dv, dv_acc, 1.0, b, kv, s, num_k, dv_b, dv_h, dv_t, 1, COLS, DV, BLOCK_DV, ACCUMULATE)

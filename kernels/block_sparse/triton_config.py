@@ -21,13 +21,17 @@ SHARED_BYTES = {90: 232448, 80: 166912, 86: 101376, 89: 101376, 100: 232448, 120
 
 @dataclass(frozen=True)
 class Tile:
-    """One launch choice: `rows` query rows (tokens x packed heads) by `cols` keys, warps, pipeline stages."""
+    """One launch choice: `rows` query rows (tokens x packed heads) by `cols` keys, warps, pipeline stages.
+
+    `one_loop` (forward only): one loop that branches for partial blocks, so that their loads are prefetched too; else a
+    loop for full blocks and one for partial blocks.
+    """
 
     rows: int
     cols: int
     num_warps: int
     num_stages: int
-    warp_specialize: bool = False
+    one_loop: bool = True
     maxnreg: int | None = None
 
 

@@ -20,6 +20,7 @@ from ltrain_kernels.block_sparse.triton_tiles import (
     load_tile,
     load_tokens,
     locate,
+    nth_entry,
     row_offsets,
     store_tile,
     visible,
@@ -27,19 +28,11 @@ from ltrain_kernels.block_sparse.triton_tiles import (
 
 
 @triton.jit
-def forward_step(
-    q, k, v, acc, m, total, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One key tile of the online softmax. `seen` is read only if MASKED."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASKED:
-        s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-        # A row that has seen nothing yet keeps m = -inf; shifting by 0 instead avoids (-inf) - (-inf).
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    else:
-        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-        shift = m_new
+def online_softmax(s, v, acc, m, total, scale_log2, SAFE: tl.constexpr, PRECISION: tl.constexpr):
+    """Fold scores s of one key tile into (acc, m, total). SAFE: a row may have seen nothing yet (m = -inf)."""
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    # Shifting such a row by 0 avoids (-inf) - (-inf).
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new) if SAFE else m_new
     p = tl.exp2(s * scale_log2 - shift[:, None])
     old = tl.exp2(m - shift)
     total = total * old + tl.sum(p, 1)
@@ -58,7 +51,7 @@ def attention_forward(
     ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     CLOSED: tl.constexpr, HAS_DOC: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     """Write out [B, Tq, Hq, DV] and lse [B, Hq, Tq] (natural log, fp32) of every query tile.
 
@@ -84,38 +77,44 @@ def attention_forward(
     m = tl.full([PACK * ROWS], float("-inf"), tl.float32)
     total = tl.zeros([PACK * ROWS], tl.float32)
 
-    for i in tl.range(full * SPLIT_K, tail * SPLIT_K, warp_specialize=WARP_SPECIALIZE):
-        n = i // SPLIT_K
-        if CLOSED:
-            j = closed_row(n, row, local, sinks, stride, residue)
-        else:
-            j = tl.load(entries + n)
-        s = (j * SPLIT_K + i % SPLIT_K) * COLS
-        k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
-        v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
-        acc, m, total = forward_step(q_tile, k_tile, v_tile, acc, m, total, 0, scale_log2, False, PRECISION)
+    whole = (tail - full) * SPLIT_K
+    count = whole + (full - first + last - tail) * SPLIT_K
+    if not ONE_LOOP:
+        for i in tl.range(0, whole):
+            n = full + i // SPLIT_K
+            if CLOSED:
+                j = closed_row(n, row, local, sinks, stride, residue)
+            else:
+                j = tl.load(entries + n)
+            s = (j * SPLIT_K + i % SPLIT_K) * COLS
+            k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
+            v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
+            x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            acc, m, total = online_softmax(x, v_tile, acc, m, total, scale_log2, False, PRECISION)
 
     qp = load_tokens(q_pos, b, t, num_q, qpos_b, PACK, ROWS, PAD_QUERY)
     qd = qp
     if HAS_DOC:
         qd = load_tokens(q_doc, b, t, num_q, qdoc_b, PACK, ROWS, -1)
-    head_part = full - first
-    for i in tl.range(0, (head_part + last - tail) * SPLIT_K, num_stages=1):
-        n = i // SPLIT_K
-        n = tl.where(n < head_part, first + n, tail + n - head_part)
+    for i in tl.range(0 if ONE_LOOP else whole, count, num_stages=None if ONE_LOOP else 1):
+        n = full + i // SPLIT_K
         if CLOSED:
+            n = nth_entry(i // SPLIT_K, first, full, tail)
             j = closed_row(n, row, local, sinks, stride, residue)
         else:
             j = tl.load(entries + n)
         s = (j * SPLIT_K + i % SPLIT_K) * COLS
         k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
         v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
-        kp = load_tokens(k_pos, b, s, num_k, kpos_b, 1, COLS, PAD_KEY)
-        kd = kp
-        if HAS_DOC:
-            kd = load_tokens(k_doc, b, s, num_k, kdoc_b, 1, COLS, -2)
-        seen = visible(qp[:, None], kp[None, :], qd[:, None], kd[None, :], window, HAS_DOC, HAS_WINDOW)
-        acc, m, total = forward_step(q_tile, k_tile, v_tile, acc, m, total, seen, scale_log2, True, PRECISION)
+        x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        if i >= whole:
+            kp = load_tokens(k_pos, b, s, num_k, kpos_b, 1, COLS, PAD_KEY)
+            kd = kp
+            if HAS_DOC:
+                kd = load_tokens(k_doc, b, s, num_k, kdoc_b, 1, COLS, -2)
+            seen = visible(qp[:, None], kp[None, :], qd[:, None], kd[None, :], window, HAS_DOC, HAS_WINDOW)
+            x = tl.where(seen, x, float("-inf"))
+        acc, m, total = online_softmax(x, v_tile, acc, m, total, scale_log2, True, PRECISION)
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]

@@ -40,6 +40,13 @@ def load_pattern(pattern, h, s_h):
 
 
 @triton.jit
+def nth_entry(n, first, full, tail):
+    """n-th entry of an item in the order of work: the full ones [full, tail), then [first, full), then from `tail`."""
+    n += full
+    return tl.where(n < tail, n, tl.where(n < tail + full - first, n - tail + first, n - full + first))
+
+
+@triton.jit
 def closed_row(n, row, local, sinks, stride, residue):
     """n-th visible block of a row: the sinks, then the strided blocks, then the local band, ascending."""
     band = tl.maximum(row - local + 1, 0)

@@ -81,7 +81,7 @@ def compile_variant(variant: Variant) -> Report:
             "PRECISION": "ieee" if variant.dtype == "fp32" else "tf32",
         }  # fmt: skip
         if variant.kernel == "forward":
-            constants["WARP_SPECIALIZE"] = tile.warp_specialize
+            constants["ONE_LOOP"] = tile.one_loop
         else:
             constants["ACCUMULATE"] = variant.accumulate
         blocks = {"q": (pack, rows), "dout": (pack, rows), "k": (1, tile.cols), "v": (1, tile.cols)}

@@ -21,14 +21,14 @@ from ltrain_kernels.block_sparse import BlockIndex, attention_delta, prepare
 from ltrain_kernels.block_sparse import triton_attention as kernels
 from ltrain_kernels.block_sparse.triton_config import TABLE, Tile, TileKey, load_table, save_table
 
-# (rows, cols, warps, stages) by kernel; those beyond a key's blocks are left out.
+# (rows, cols, warps, stages, one loop) by kernel; those beyond a key's blocks are left out.
 CANDIDATES = {
     "forward": [
-        (128, 128, 8, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2),
-        (64, 64, 4, 3),
+        (128, 64, 4, 2, False), (128, 64, 4, 3, False), (128, 128, 8, 2, True), (128, 128, 8, 2, False),
+        (64, 64, 4, 3, True), (64, 64, 4, 2, True), (64, 64, 4, 3, False), (64, 128, 4, 2, True),
     ],
-    "dq": [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)],
-    "dkdv": [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)],
+    "dq": [(128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)],
+    "dkdv": [(64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)],
 }  # fmt: skip
 
 
