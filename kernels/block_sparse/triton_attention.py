@@ -89,33 +89,21 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and all(x.stride()) else x.contiguous()
 
 
-def _pair(lines: Lines) -> tuple[int, int]:
-    batch, heads, num_lines, _ = lines.bounds.shape
-    return (num_lines * heads * 4 if batch > 1 else 0), (num_lines * 4 if heads > 1 else 0)
-
-
 def _common(launch: Launch, lines: Lines) -> dict[str, Any]:
-    bounds_b, bounds_h = _pair(lines)
-    empty = lines.bounds
-
     def per_batch(x: Tensor | None) -> int:
         return x.shape[-1] if x is not None and x.shape[0] > 1 else 0
 
     return {
-        "order": lines.order,
-        "bounds": lines.bounds,
-        "entries": empty if lines.entries is None else lines.entries,
+        "items": lines.items,
+        "entries": lines.items if lines.entries is None else lines.entries,
         "q_pos": launch.q_pos,
         "k_pos": launch.k_pos,
         "q_doc": launch.q_pos if launch.q_doc is None else launch.q_doc,
         "k_doc": launch.k_pos if launch.k_doc is None else launch.k_doc,
-        "bounds_b": bounds_b,
-        "bounds_h": bounds_h,
         "qpos_b": per_batch(launch.q_pos),
         "kpos_b": per_batch(launch.k_pos),
         "qdoc_b": per_batch(launch.q_doc),
         "kdoc_b": per_batch(launch.k_doc),
-        "num_lines": lines.num_lines,
         "window": 0 if launch.window is None else launch.window,
         "PER_QUERY_HEAD": launch.per_query_head,
         "CLOSED": lines.entries is None,
@@ -125,8 +113,19 @@ def _common(launch: Launch, lines: Lines) -> dict[str, Any]:
 
 
 def _pattern(lines: Lines) -> dict[str, Any]:
-    pattern = lines.bounds if lines.pattern is None else lines.pattern
-    return {"pattern": pattern, "pattern_h": 4 if pattern.shape[0] > 1 else 0}
+    pattern = lines.items if lines.pattern is None else lines.pattern
+    return {"pattern": pattern, "pattern_h": 4 if lines.pattern is not None and len(pattern) > 1 else 0}
+
+
+def _bounds(lines: Lines) -> dict[str, Any]:
+    if lines.bounds is None:
+        return {"bounds": lines.items, "bounds_b": 0, "bounds_h": 0}
+    batch, heads, num_lines, _ = lines.bounds.shape
+    return {
+        "bounds": lines.bounds,
+        "bounds_b": num_lines * heads * 4 if batch > 1 else 0,
+        "bounds_h": num_lines * 4 if heads > 1 else 0,
+    }
 
 
 def _shape_args(q: Tensor, k: Tensor, v: Tensor, geo: _Geometry, tma: bool, scale: float) -> dict[str, Any]:
@@ -187,14 +186,14 @@ def forward(
     group = heads // k.shape[2]
     arch = _capability(q)
     geo = geometry("forward", arch, q.element_size() * 8, group, q.shape[3], v.shape[3], launch, tile)
-    tma = _use_descriptors(arch, q, k, v)
+    tma = _use_descriptors(arch, k, v)
     lines = launch.rows
-    programs = lines.order.numel() * geo.split_q * (1 if launch.per_query_head else group // geo.pack)
+    programs = len(lines.items) * geo.split_q * (1 if launch.per_query_head else group // geo.pack)
     attention_forward[(programs,)](
-        q=_descriptor(q, geo.pack, geo.rows, geo.block_d) if tma else q,
+        q=q,
         k=_descriptor(k, 1, geo.tile.cols, geo.block_d) if tma else k,
         v=_descriptor(v, 1, geo.tile.cols, geo.block_v) if tma else v,
-        out=out, lse=lse, num_heads=heads, list_heads=lines.item_heads,
+        out=out, lse=lse, num_heads=heads,
         ONE_LOOP=geo.tile.one_loop,
         **_strides(q=q, k=k, v=v, o=out), **_common(launch, lines), **_pattern(lines),
         **_shape_args(q, k, v, geo, tma, scale),
@@ -249,26 +248,22 @@ def backward(
         "ACCUMULATE": accumulate, **_strides(q=q, k=k, v=v, do=dout),
     }  # fmt: skip
 
-    def operands(geo: _Geometry) -> dict[str, Any]:
-        if not tma:
-            return {"q": q, "k": k, "v": v, "dout": dout}
-        return {
-            "q": _descriptor(q, geo.pack, geo.rows, geo.block_d),
-            "k": _descriptor(k, 1, geo.tile.cols, geo.block_d),
-            "v": _descriptor(v, 1, geo.tile.cols, geo.block_v),
-            "dout": _descriptor(dout, geo.pack, geo.rows, geo.block_v),
-        }
-
     if "dq" in parts:
         lines, geo = launch.rows, geometry("dq", *sizes, tiles[0])
-        programs = lines.order.numel() * geo.split_q * (1 if launch.per_query_head else group // geo.pack)
+        programs = len(lines.items) * geo.split_q * (1 if launch.per_query_head else group // geo.pack)
         attention_dq[(programs,)](
-            dq=dq, list_heads=lines.item_heads, **operands(geo), **shared, **_strides(dq=dq),
+            q=q, dout=dout, dq=dq,
+            k=_descriptor(k, 1, geo.tile.cols, geo.block_d) if tma else k,
+            v=_descriptor(v, 1, geo.tile.cols, geo.block_v) if tma else v,
+            **shared, **_strides(dq=dq),
             **_common(launch, lines), **_pattern(lines), **_shape_args(q, k, v, geo, tma, scale),
         )  # fmt: skip
     if "dkdv" in parts:
         lines, geo = launch.columns, geometry("dkdv", *sizes, tiles[1])
-        attention_dkdv[(lines.order.numel() * geo.split_k,)](
-            dk=dk, dv=dv, kv_heads=kv_heads, **operands(geo), **shared, **_strides(dk=dk, dv=dv),
+        attention_dkdv[(len(lines.items) * geo.split_k,)](
+            k=k, v=v, dk=dk, dv=dv,
+            q=_descriptor(q, geo.pack, geo.rows, geo.block_d) if tma else q,
+            dout=_descriptor(dout, geo.pack, geo.rows, geo.block_v) if tma else dout,
+            **shared, **_bounds(lines), **_strides(dk=dk, dv=dv),
             **_common(launch, lines), **_shape_args(q, k, v, geo, tma, scale),
         )  # fmt: skip

@@ -15,11 +15,11 @@ from ltrain_kernels.block_sparse.triton_tiles import (
     PAD_QUERY,
     closed_row,
     load_bounds,
+    load_item,
     load_pattern,
     row_offsets,
     load_tile,
     load_tokens,
-    locate,
     nth_entry,
     store_tile,
     visible,
@@ -50,10 +50,10 @@ def attention_delta(
 @triton.jit
 def attention_dq(
     q, k, v, dout, lse2, delta, dq,
-    order, bounds, entries, pattern, q_pos, k_pos, q_doc, k_doc,
+    items, entries, pattern, q_pos, k_pos, q_doc, k_doc,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
-    bounds_b, bounds_h, pattern_h, qpos_b, kpos_b, qdoc_b, kdoc_b,
-    num_q, num_k, num_heads, num_lines, list_heads, scale, scale_log2, window,
+    pattern_h, qpos_b, kpos_b, qdoc_b, kdoc_b,
+    num_q, num_k, num_heads, scale, scale_log2, window,
     GROUP: tl.constexpr, PACK: tl.constexpr, PER_QUERY_HEAD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -64,19 +64,18 @@ def attention_dq(
     GROUPS: tl.constexpr = 1 if PER_QUERY_HEAD else GROUP // PACK
     pid = tl.program_id(0)
     part = pid % (SPLIT_Q * GROUPS)
-    b, head, row = locate(order, pid // (SPLIT_Q * GROUPS), num_lines, list_heads)
+    b, head, row, first, full, tail, last = load_item(items, pid // (SPLIT_Q * GROUPS))
     if PER_QUERY_HEAD:
         h = head
     else:
         h = head * GROUP + (part // SPLIT_Q) * PACK
     kv = h // GROUP
     t = row * (SPLIT_Q * ROWS) + (part % SPLIT_Q) * ROWS
-    first, full, tail, last = load_bounds(bounds, b, head, row, bounds_b, bounds_h)
     local, sinks, stride, residue = first, first, first, first
     if CLOSED:
         local, sinks, stride, residue = load_pattern(pattern, head, pattern_h)
-    q_tile = load_tile(q, b, h, t, num_q, q_b, q_h, q_t, PACK, ROWS, D, BLOCK_D, TMA, UPCAST)
-    do_tile = load_tile(dout, b, h, t, num_q, do_b, do_h, do_t, PACK, ROWS, DV, BLOCK_DV, TMA, UPCAST)
+    q_tile = load_tile(q, b, h, t, num_q, q_b, q_h, q_t, PACK, ROWS, D, BLOCK_D, False, UPCAST)
+    do_tile = load_tile(dout, b, h, t, num_q, do_b, do_h, do_t, PACK, ROWS, DV, BLOCK_DV, False, UPCAST)
     at, inside = row_offsets(b, h, t, num_q, num_heads, PACK, ROWS)
     row_lse2 = tl.load(lse2 + at, mask=inside, other=float("inf"))
     row_delta = tl.load(delta + at, mask=inside, other=0.0)
@@ -115,10 +114,10 @@ def attention_dq(
 @triton.jit
 def attention_dkdv(
     q, k, v, dout, lse2, delta, dk, dv,
-    order, bounds, entries, q_pos, k_pos, q_doc, k_doc,
+    items, bounds, entries, q_pos, k_pos, q_doc, k_doc,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     bounds_b, bounds_h, qpos_b, kpos_b, qdoc_b, kdoc_b,
-    num_q, num_k, num_heads, num_lines, kv_heads, scale, scale_log2, window,
+    num_q, num_k, num_heads, scale, scale_log2, window,
     GROUP: tl.constexpr, PACK: tl.constexpr, PER_QUERY_HEAD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -135,15 +134,15 @@ def attention_dkdv(
     PACKS: tl.constexpr = 1 if PER_QUERY_HEAD else GROUP // PACK
     TILES: tl.constexpr = SPLIT_Q * PACKS
     pid = tl.program_id(0)
-    b, kv, column = locate(order, pid // SPLIT_K, num_lines, kv_heads)
+    b, kv, column, first, full, tail, last = load_item(items, pid // SPLIT_K)
     s = column * (SPLIT_K * COLS) + (pid % SPLIT_K) * COLS
-    k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, TMA, UPCAST)
-    v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, TMA, UPCAST)
+    k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, False, UPCAST)
+    v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, False, UPCAST)
     dk_acc = tl.zeros([COLS, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([COLS, BLOCK_DV], tl.float32)
     for g in range(LISTS):
-        head = kv * GROUP + g if PER_QUERY_HEAD else kv
-        first, full, tail, last = load_bounds(bounds, b, head, column, bounds_b, bounds_h)
+        if PER_QUERY_HEAD:
+            first, full, tail, last = load_bounds(bounds, b, kv * GROUP + g, column, bounds_b, bounds_h)
         whole = (tail - full) * TILES
         for i in tl.range(0, whole + (full - first + last - tail) * TILES):
             if CLOSED:

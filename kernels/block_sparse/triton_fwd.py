@@ -15,11 +15,10 @@ from ltrain_kernels.block_sparse.triton_tiles import (
     PAD_KEY,
     PAD_QUERY,
     closed_row,
-    load_bounds,
+    load_item,
     load_pattern,
     load_tile,
     load_tokens,
-    locate,
     nth_entry,
     row_offsets,
     store_tile,
@@ -43,10 +42,10 @@ def online_softmax(s, v, acc, m, total, scale_log2, SAFE: tl.constexpr, PRECISIO
 @triton.jit
 def attention_forward(
     q, k, v, out, lse,
-    order, bounds, entries, pattern, q_pos, k_pos, q_doc, k_doc,
+    items, entries, pattern, q_pos, k_pos, q_doc, k_doc,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
-    bounds_b, bounds_h, pattern_h, qpos_b, kpos_b, qdoc_b, kdoc_b,
-    num_q, num_k, num_heads, num_lines, list_heads, scale_log2, window,
+    pattern_h, qpos_b, kpos_b, qdoc_b, kdoc_b,
+    num_q, num_k, num_heads, scale_log2, window,
     GROUP: tl.constexpr, PACK: tl.constexpr, PER_QUERY_HEAD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT_Q: tl.constexpr, SPLIT_K: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -61,18 +60,17 @@ def attention_forward(
     GROUPS: tl.constexpr = 1 if PER_QUERY_HEAD else GROUP // PACK
     pid = tl.program_id(0)
     part = pid % (SPLIT_Q * GROUPS)
-    b, head, row = locate(order, pid // (SPLIT_Q * GROUPS), num_lines, list_heads)
+    b, head, row, first, full, tail, last = load_item(items, pid // (SPLIT_Q * GROUPS))
     if PER_QUERY_HEAD:
         h = head
     else:
         h = head * GROUP + (part // SPLIT_Q) * PACK
     kv = h // GROUP
     t = row * (SPLIT_Q * ROWS) + (part % SPLIT_Q) * ROWS
-    first, full, tail, last = load_bounds(bounds, b, head, row, bounds_b, bounds_h)
     local, sinks, stride, residue = first, first, first, first
     if CLOSED:
         local, sinks, stride, residue = load_pattern(pattern, head, pattern_h)
-    q_tile = load_tile(q, b, h, t, num_q, q_b, q_h, q_t, PACK, ROWS, D, BLOCK_D, TMA, UPCAST)
+    q_tile = load_tile(q, b, h, t, num_q, q_b, q_h, q_t, PACK, ROWS, D, BLOCK_D, False, UPCAST)
     acc = tl.zeros([PACK * ROWS, BLOCK_DV], tl.float32)
     m = tl.full([PACK * ROWS], float("-inf"), tl.float32)
     total = tl.zeros([PACK * ROWS], tl.float32)

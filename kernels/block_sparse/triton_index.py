@@ -24,23 +24,19 @@ CACHE_BYTES = 20 << 20
 class Lines:
     """One side of a launch.
 
-    bounds int32 [b, h, N, 4] and entries int32 [nnz] (None: closed form, parameters int32 [h, 4] in `pattern`) as in
-    `triton_tiles`; order int32 [items] ranks the items (batch, head, line), `item_heads` heads a batch, longest first.
+    items int32 [B * heads * N, 8]: batch, head, line, four bounds, 0, in the order of launch (longest first); entries
+    int32 [nnz], or None for the closed form, whose parameters are `pattern` int32 [h, 4]; all as in `triton_tiles`.
+    bounds int32 [b, heads, N, 4] only where an item has several lists (columns of lists per query head).
     """
 
-    bounds: Tensor
+    items: Tensor
     entries: Tensor | None
     pattern: Tensor | None
-    order: Tensor
-    item_heads: int
-
-    @property
-    def num_lines(self) -> int:
-        return self.bounds.shape[2]
+    bounds: Tensor | None
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.bounds, self.entries, self.pattern, self.order) if t is not None)
+        return sum(t.nbytes for t in (self.items, self.entries, self.pattern, self.bounds) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,10 @@ def _make(plan: Plan, batch: int, heads: int, kv_heads: int, head_bytes: int) ->
         streamed = head_bytes * (num_q * group if column_side else num_k)
         if column_side and per_query_head:
             size = size.reshape(batch, kv_heads, group, -1).sum(2)
-        lines.append(Lines(bounds, entries, params, _order(size, streamed), size.shape[1]))
+        order = _order(size, streamed)
+        several = bool(column_side) and per_query_head
+        items = _items(size * 0 if several else bounds, size, order)
+        lines.append(Lines(items, entries, params, bounds if several else None))
     return Launch(
         *lines, index.block_q, index.block_k, per_query_head,
         plan.q_pos, plan.k_pos, plan.q_doc, plan.k_doc, plan.window,
@@ -109,6 +108,15 @@ def _stored(lists: Lists) -> tuple[Tensor, Tensor]:
     return torch.stack([start, start, lists.mid, end], -1).to(torch.int32), lists.ids
 
 
+def _items(bounds: Tensor, size: Tensor, order: Tensor) -> Tensor:
+    """Rows of `Lines.items`, in this order."""
+    batch, heads, lines = size.shape
+    place = torch.cartesian_prod(*(torch.arange(n, device=order.device) for n in size.shape)).to(torch.int32)
+    four = bounds[..., None].expand(-1, -1, -1, 4) if bounds.dim() == 3 else bounds
+    four = four.to(torch.int32).expand(batch, heads, lines, 4).reshape(-1, 4)
+    return torch.cat([place, four, torch.zeros_like(place[:, :1])], 1)[order].contiguous()
+
+
 def _order(size: Tensor, bytes_per_head: int) -> Tensor:
     """Items [B, H, N] ranked for launch: heads in groups whose operands fit the cache, longest lines first in a group."""
     total, lines = size.shape[0] * size.shape[1], size.shape[2]
@@ -117,7 +125,7 @@ def _order(size: Tensor, bytes_per_head: int) -> Tensor:
     groups = size.reshape(total // together, together * lines)
     rank = torch.argsort(groups, dim=1, descending=True, stable=True)
     rank += torch.arange(len(groups), device=rank.device)[:, None] * (together * lines)
-    return rank.flatten().to(torch.int32)
+    return rank.flatten()
 
 
 @dataclass(frozen=True)

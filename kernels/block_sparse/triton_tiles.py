@@ -1,6 +1,6 @@
 """Device functions shared by the forward and backward kernels: where a tile lies, how it is loaded, what it may see.
 
-A *work item* is (batch, list head, sparse row or column); `order` lists the items longest first. Each item owns four
+A *work item* is (batch, list head, sparse row or column); the table `items` holds them longest first, each with four
 numbers, its *bounds*: entries [b1, b2) are full blocks (no mask), [b0, b1) and [b2, b3) are partial ones. Entry n is
 block `entries[n]` where lists are stored, and a closed form of n where they are not.
 """
@@ -17,17 +17,16 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def locate(order, rank, num_lines, num_heads):
-    """Work item of this rank -> (batch, list head, line), line being a sparse row or column."""
-    item = tl.load(order + rank)
-    line = item % num_lines
-    batch_head = item // num_lines
-    return batch_head // num_heads, batch_head % num_heads, line
+def load_item(items, rank):
+    """Work item of this rank -> batch, list head, line (sparse row or column), and its four bounds."""
+    at = items + rank * 8
+    b, head, line = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    return b, head, line, tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
 
 
 @triton.jit
 def load_bounds(bounds, b, h, line, s_b, s_h):
-    """The four bounds of an item."""
+    """The four bounds of a line of one list head."""
     at = bounds + b.to(tl.int64) * s_b + h.to(tl.int64) * s_h + line.to(tl.int64) * 4
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 

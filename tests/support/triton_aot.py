@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 KERNELS = {"forward": attention_forward, "dq": attention_dq, "dkdv": attention_dkdv, "delta": attention_delta}
-INTEGER_TABLES = {"order", "bounds", "entries", "pattern", "q_pos", "k_pos", "q_doc", "k_doc"}
+INTEGER_TABLES = {"items", "bounds", "entries", "pattern", "q_pos", "k_pos", "q_doc", "k_doc"}
 FLOAT_TABLES = {"lse", "lse2", "delta", "dlse"}
 
 
@@ -67,7 +67,7 @@ def compile_variant(variant: Variant) -> Report:
     if variant.kernel == "delta":
         tile = Tile(64, 64, 4, 3)
         constants = {"ROWS": 64, "DV": dim, "BLOCK_DV": dim, "HAS_DLSE": True}
-        tma = False
+        tma, streamed = False, {}
     else:
         tile = shipped(variant)
         pack = min(variant.pack, tile.rows)
@@ -84,7 +84,9 @@ def compile_variant(variant: Variant) -> Report:
             constants["ONE_LOOP"] = tile.one_loop
         else:
             constants["ACCUMULATE"] = variant.accumulate
-        blocks = {"q": (pack, rows), "dout": (pack, rows), "k": (1, tile.cols), "v": (1, tile.cols)}
+        streamed = {"k": (1, tile.cols), "v": (1, tile.cols)}
+        if variant.kernel == "dkdv":
+            streamed = {"q": (pack, rows), "dout": (pack, rows)}
 
     signature, attrs = {}, {}
     for index, name in enumerate(fn.arg_names):
@@ -96,8 +98,8 @@ def compile_variant(variant: Variant) -> Report:
             signature[name] = "*fp32"
         elif name in ("scale", "scale_log2"):
             signature[name] = "fp32"
-        elif name in ("q", "k", "v", "dout") and tma:
-            heads, tokens = blocks[name]
+        elif tma and name in streamed:
+            heads, tokens = streamed[name]
             signature[name] = f"tensordesc<{variant.dtype}{[1, heads, tokens, dim]}>"
         elif name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
             grad = name in ("dq", "dk", "dv") and variant.accumulate
