@@ -17,7 +17,9 @@ from ltrain_kernels.block_sparse.plan import Lists, Plan, block_range
 
 # Keys and values of the heads that run together should stay in the second-level cache: 50-60 MB on Hopper, in two
 # halves that each keep their own copy of what their side reads.
-CACHE_BYTES = 20 << 20
+CACHE_BYTES = 32 << 20
+# Programs that run at once: 132 multiprocessors of Hopper, two each.
+PROGRAMS = 264
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,17 @@ def _items(bounds: Tensor, size: Tensor, order: Tensor) -> Tensor:
 
 
 def _order(size: Tensor, bytes_per_head: int) -> Tensor:
-    """Items [B, H, N] ranked for launch: heads in groups whose operands fit the cache, longest lines first in a group."""
+    """Items [B, H, N] ranked for launch: heads in groups whose operands fit the cache, longest lines first in a group.
+
+    One group of all heads instead where a single line is long beside an even share of the work, as strided columns are:
+    met late, it would keep one multiprocessor busy after all others are done.
+    """
     total, lines = size.shape[0] * size.shape[1], size.shape[2]
     fitting = [d for d in range(1, total + 1) if total % d == 0 and (d == 1 or d * bytes_per_head <= CACHE_BYTES)]
     together = max(fitting, default=1)
-    groups = size.reshape(total // together, together * lines)
+    if size.numel() and int(size.max()) * PROGRAMS * 2 > int(size.sum()):
+        together = total
+    groups = size.reshape(total // together, together * lines) if total else size.reshape(1, 0)
     rank = torch.argsort(groups, dim=1, descending=True, stable=True)
     rank += torch.arange(len(groups), device=rank.device)[:, None] * (together * lines)
     return rank.flatten()

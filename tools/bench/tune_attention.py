@@ -24,11 +24,11 @@ from ltrain_kernels.block_sparse.triton_config import TABLE, Tile, TileKey, load
 # (rows, cols, warps, stages, one loop) by kernel; those beyond a key's blocks are left out.
 CANDIDATES = {
     "forward": [
-        (128, 64, 4, 2, False), (128, 64, 4, 3, False), (128, 128, 8, 2, True), (128, 128, 8, 2, False),
-        (64, 64, 4, 3, True), (64, 64, 4, 2, True), (64, 64, 4, 3, False), (64, 128, 4, 2, True),
+        (64, 64, 4, 2, True), (64, 64, 4, 3, True), (128, 128, 8, 2, True), (128, 64, 8, 2, True),
+        (128, 64, 8, 3, True),
     ],
-    "dq": [(128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)],
-    "dkdv": [(64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)],
+    "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2)],
+    "dkdv": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2)],
 }  # fmt: skip
 
 
