@@ -79,7 +79,11 @@ def attention_dq(
     at, inside = row_offsets(b, h, t, num_q, num_heads, PACK, ROWS)
     row_lse2 = tl.load(lse2 + at, mask=inside, other=float("inf"))
     row_delta = tl.load(delta + at, mask=inside, other=0.0)
-    acc = tl.zeros([PACK * ROWS, BLOCK_D], tl.float32)
+    if ACCUMULATE:
+        # The sum starts from what is there (scaled back), for a load at the end would need registers beside the sum's.
+        acc = load_tile(dq, b, h, t, num_q, dq_b, dq_h, dq_t, PACK, ROWS, D, BLOCK_D, False, True) / scale
+    else:
+        acc = tl.zeros([PACK * ROWS, BLOCK_D], tl.float32)
 
     qp = load_tokens(q_pos, b, t, num_q, qpos_b, PACK, ROWS, PAD_QUERY)
     qd = qp
@@ -108,7 +112,7 @@ def attention_dq(
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         ds = p * (dp - row_delta[:, None])
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
-    store_tile(dq, acc, scale, b, h, t, num_q, dq_b, dq_h, dq_t, PACK, ROWS, D, BLOCK_D, ACCUMULATE)
+    store_tile(dq, acc, scale, b, h, t, num_q, dq_b, dq_h, dq_t, PACK, ROWS, D, BLOCK_D)
 
 
 @triton.jit
@@ -138,8 +142,12 @@ def attention_dkdv(
     s = column * (SPLIT_K * COLS) + (pid % SPLIT_K) * COLS
     k_tile = load_tile(k, b, kv, s, num_k, k_b, k_h, k_t, 1, COLS, D, BLOCK_D, False, UPCAST)
     v_tile = load_tile(v, b, kv, s, num_k, v_b, v_h, v_t, 1, COLS, DV, BLOCK_DV, False, UPCAST)
-    dk_acc = tl.zeros([COLS, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([COLS, BLOCK_DV], tl.float32)
+    if ACCUMULATE:
+        dk_acc = load_tile(dk, b, kv, s, num_k, dk_b, dk_h, dk_t, 1, COLS, D, BLOCK_D, False, True) / scale
+        dv_acc = load_tile(dv, b, kv, s, num_k, dv_b, dv_h, dv_t, 1, COLS, DV, BLOCK_DV, False, True)
+    else:
+        dk_acc = tl.zeros([COLS, BLOCK_D], tl.float32)
+        dv_acc = tl.zeros([COLS, BLOCK_DV], tl.float32)
     for g in range(LISTS):
         if PER_QUERY_HEAD:
             first, full, tail, last = load_bounds(bounds, b, kv * GROUP + g, column, bounds_b, bounds_h)
@@ -172,5 +180,5 @@ def attention_dkdv(
             row_delta = tl.load(delta + at, mask=inside, other=0.0)
             ds = p * (dp - row_delta[None, :])
             dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
-    store_tile(dk, dk_acc, scale, b, kv, s, num_k, dk_b, dk_h, dk_t, 1, COLS, D, BLOCK_D, ACCUMULATE)
-    store_tile(dv, dv_acc, 1.0, b, kv, s, num_k, dv_b, dv_h, dv_t, 1, COLS, DV, BLOCK_DV, ACCUMULATE)
+    store_tile(dk, dk_acc, scale, b, kv, s, num_k, dk_b, dk_h, dk_t, 1, COLS, D, BLOCK_D)
+    store_tile(dv, dv_acc, 1.0, b, kv, s, num_k, dv_b, dv_h, dv_t, 1, COLS, DV, BLOCK_DV)

@@ -116,7 +116,7 @@ def attention_forward(
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    store_tile(out, acc, 1.0, b, h, t, num_q, o_b, o_h, o_t, PACK, ROWS, DV, BLOCK_DV, False)
+    store_tile(out, acc, 1.0, b, h, t, num_q, o_b, o_h, o_t, PACK, ROWS, DV, BLOCK_DV)
     at, inside = row_offsets(b, h, t, num_q, num_heads, PACK, ROWS)
     value = tl.where(empty, float("-inf"), (m + tl.log2(total)) * LN2)
     tl.store(lse + at, value, mask=inside)

@@ -83,20 +83,20 @@ def load_tile(
 @triton.jit
 def store_tile(
     dst, x, scale, b, h, t, num_tokens, s_b, s_h, s_t,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACCUMULATE: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write `scale * x` where `load_tile` would read; with ACCUMULATE, add to what is there."""
+    """Write `scale * x` where `load_tile` would read."""
     r = tl.arange(0, HEADS * ROWS)
     d = tl.arange(0, BLOCK_D)
     base = dst + b.to(tl.int64) * s_b + h.to(tl.int64) * s_h + t.to(tl.int64) * s_t
-    at = base + (r // ROWS)[:, None].to(tl.int64) * s_h + (r % ROWS)[:, None] * s_t + d[None, :]
+    # Within one head 32-bit offsets are enough, and take half the registers.
+    at = base + ((r % ROWS)[:, None] * s_t + d[None, :])
+    if HEADS > 1:
+        at += (r // ROWS)[:, None].to(tl.int64) * s_h
     mask = ((t + r % ROWS) < num_tokens)[:, None]
     if BLOCK_D != D:
         mask = mask & (d < D)[None, :]
-    x = x * scale
-    if ACCUMULATE:
-        x += tl.load(at, mask=mask, other=0.0)
-    tl.store(at, x.to(dst.dtype.element_ty), mask=mask)
+    tl.store(at, (x * scale).to(dst.dtype.element_ty), mask=mask)
 
 
 @triton.jit
