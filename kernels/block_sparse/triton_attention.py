@@ -16,7 +16,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ltrain_kernels.block_sparse.plan import Plan
 from ltrain_kernels.block_sparse.triton_bwd import attention_delta, attention_dkdv, attention_dq
-from ltrain_kernels.block_sparse.triton_config import KernelName, Tile, TileKey, choose_tile, power_of_two_divisor
+from ltrain_kernels.block_sparse.triton_config import (
+    KernelName,
+    Tile,
+    TileKey,
+    choose_tile,
+    power_of_two_divisor,
+)
 from ltrain_kernels.block_sparse.triton_fwd import attention_forward
 from ltrain_kernels.block_sparse.triton_index import Launch, Lines, launch_of
 from ltrain_kernels.errors import require
@@ -47,7 +53,8 @@ def geometry(
     kernel: KernelName, arch: int, bits: int, group: int, head_dim: int, value_dim: int, launch: Launch,
     tile: Tile | None = None,
 ) -> _Geometry:  # fmt: skip
-    """Tile of a kernel for this call and how index blocks split over it; `tile` overrides the table (for tuning)."""
+    """Tile of a kernel for this call and how index blocks split over it; `tile` overrides the table (for
+    tuning)."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_v = max(16, triton.next_power_of_2(value_dim))
     most_pack = 1 if launch.per_query_head else power_of_two_divisor(group, 128)
@@ -77,7 +84,9 @@ def _descriptor(x: Tensor, heads: int, rows: int, block_d: int) -> TensorDescrip
     """Descriptor of x [B, T, H, D] seen as [B, H, T, D]: its bounds end at the head's last token."""
     shape = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
     # The stride of an axis of one element is never used, but the engine wants it aligned.
-    strides = [s if n > 1 else 128 for s, n in zip((x.stride(0), x.stride(2), x.stride(1)), shape, strict=False)]
+    strides = [
+        s if n > 1 else 128 for s, n in zip((x.stride(0), x.stride(2), x.stride(1)), shape, strict=False)
+    ]
     return TensorDescriptor(x, shape, [*strides, 1], [1, heads, rows, block_d])
 
 
@@ -162,7 +171,9 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Launch:
     """Checks what only these kernels ask, and the launch."""
-    require(q.is_cuda or INTERPRETED, "backend", "triton", f"needs GPU tensors, q is on {q.device}; use 'cpu'")
+    require(
+        q.is_cuda or INTERPRETED, "backend", "triton", f"needs GPU tensors, q is on {q.device}; use 'cpu'"
+    )
     require(q.dtype != torch.float64, "q.dtype", q.dtype, "must be float32, bfloat16 or float16 for 'triton'")
     require(scale > 0, "scale", scale, "must be positive for backend 'triton'")
     for name in ("block_q", "block_k"):
@@ -173,9 +184,16 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Launch
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out_dtype: torch.dtype, tile: Tile | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    out_dtype: torch.dtype,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q [B,T,H,D] over k [B,T,K,D], v [B,T,K,V] -> out [B,T,H,V], lse fp32 [B,H,T] (natural log)."""
+    """Attention of q [B,T,H,D] over k [B,T,K,D], v [B,T,K,V] -> out [B,T,H,V], lse fp32 [B,H,T] (natural
+    log)."""
     launch = _launch(q, k, v, plan, scale)
     q, k, v = (_last_contiguous(x) for x in (q, k, v))
     batch, num_q, heads, _ = q.shape
@@ -219,10 +237,12 @@ def delta(out: Tensor, dout: Tensor, dlse: Tensor | None = None) -> Tensor:
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse: Tensor, plan: Plan, scale: float,
-    into: tuple[Tensor, Tensor, Tensor], *, accumulate: bool, tiles: tuple[Tile | None, Tile | None] = (None, None),
+    into: tuple[Tensor, Tensor, Tensor], *, accumulate: bool, tiles: tuple[Tile | None,
+    Tile | None] = (None, None),
     parts: tuple[str, ...] = ("dq", "dkdv"),
 ) -> None:  # fmt: skip
-    """Write dq, dk, dv into the tensors `into` (any strides but a contiguous last axis); `accumulate` adds to them.
+    """Write dq, dk, dv into the tensors `into` (any strides but a contiguous last axis); `accumulate` adds to
+    them.
 
     `tiles` overrides the table and `parts` leaves a kernel out: for tuning.
     """

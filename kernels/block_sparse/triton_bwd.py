@@ -1,9 +1,12 @@
-"""Backward kernels: dQ by sparse rows, dK and dV by sparse columns. Each output tile has one writer: no atomics.
+"""Backward kernels: dQ by sparse rows, dK and dV by sparse columns. Each output tile has one writer: no
+atomics.
 
 With P = exp2(c S - lse2) and dS = P (dP - delta): dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO
-(arXiv 2307.08691, section 3.1). `lse2` is the row's log-sum-exp in base 2, +inf for a row without keys, so that P is
-0 there; `delta` = rowsum(O dO) - dlse, once for all partial calls on a query shard.
+(arXiv 2307.08691, section 3.1). `lse2` is the row's log-sum-exp in base 2, +inf for a row without keys, so
+that P is 0 there; `delta` = rowsum(O dO) - dlse, once for all partial calls on a query shard.
 """
+
+# ruff: noqa: SIM108 - an `if` on a constexpr chooses what is compiled; it reads better as a branch.
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from ltrain_kernels.block_sparse.triton_tiles import (
     load_bounds,
     load_item,
     load_pattern,
-    row_offsets,
     load_tile,
     load_tokens,
     nth_entry,
+    row_offsets,
     store_tile,
     visible,
 )
@@ -80,7 +83,8 @@ def attention_dq(
     row_lse2 = tl.load(lse2 + at, mask=inside, other=float("inf"))
     row_delta = tl.load(delta + at, mask=inside, other=0.0)
     if ACCUMULATE:
-        # The sum starts from what is there (scaled back), for a load at the end would need registers beside the sum's.
+        # The sum starts from what is there (scaled back), for a load at the end would need registers beside
+        # the sum's.
         acc = load_tile(dq, b, h, t, num_q, dq_b, dq_h, dq_t, PACK, ROWS, D, BLOCK_D, False, True) / scale
     else:
         acc = tl.zeros([PACK * ROWS, BLOCK_D], tl.float32)
@@ -130,9 +134,9 @@ def attention_dkdv(
 ):  # fmt: skip
     """Write (or add to) dk [B, Tk, Hkv, D] and dv [B, Tk, Hkv, DV].
 
-    One program holds COLS keys of one kv head and streams the query tiles of all the group's heads: where the group
-    shares its lists, in one flat loop of (entries x tiles of the row x head packs), else head after head. In closed
-    form the rows that see a column are consecutive: entry n is row n.
+    One program holds COLS keys of one kv head and streams the query tiles of all the group's heads: where the
+    group shares its lists, in one flat loop of (entries x tiles of the row x head packs), else head after
+    head. In closed form the rows that see a column are consecutive: entry n is row n.
     """
     LISTS: tl.constexpr = GROUP if PER_QUERY_HEAD else 1
     PACKS: tl.constexpr = 1 if PER_QUERY_HEAD else GROUP // PACK
@@ -171,7 +175,9 @@ def attention_dkdv(
                 if HAS_DOC:
                     kd = load_tokens(k_doc, b, s, num_k, kdoc_b, 1, COLS, -2)
                     qd = load_tokens(q_doc, b, t, num_q, qdoc_b, PACK, ROWS, -1)
-                seen = visible(qp[None, :], kp[:, None], qd[None, :], kd[:, None], window, HAS_DOC, HAS_WINDOW)
+                seen = visible(
+                    qp[None, :], kp[:, None], qd[None, :], kd[:, None], window, HAS_DOC, HAS_WINDOW
+                )
                 x = tl.where(seen, x, float("-inf"))
             row_lse2 = tl.load(lse2 + at, mask=inside, other=float("inf"))
             p = tl.exp2(x * scale_log2 - row_lse2[None, :])

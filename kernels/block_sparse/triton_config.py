@@ -1,7 +1,9 @@
-"""Tile sizes of the Triton kernels: a checked-in table of measured choices, and a rule for what it doesn't list.
+"""Tile sizes of the Triton kernels: a checked-in table of measured choices, and a rule for what it doesn't
+list.
 
-Nothing is tuned at run time: a run must not depend on timing noise, and two ranks must never choose different tiles
-(they would round differently). `tools/bench/tune_attention.py` measures candidates on a GPU and writes the table.
+Nothing is tuned at run time: a run must not depend on timing noise, and two ranks must never choose different
+tiles (they would round differently). `tools/bench/tune_attention.py` measures candidates on a GPU and writes
+the table.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ SHARED_BYTES = {90: 232448, 80: 166912, 86: 101376, 89: 101376, 100: 232448, 120
 class Tile:
     """One launch choice: `rows` query rows (tokens x packed heads) by `cols` keys, warps, pipeline stages.
 
-    `one_loop` (forward only): one loop that branches for partial blocks, so that their loads are prefetched too; else a
-    loop for full blocks and one for partial blocks.
+    `one_loop` (forward only): one loop that branches for partial blocks, so that their loads are prefetched
+    too; else a loop for full blocks and one for partial blocks.
     """
 
     rows: int
@@ -64,10 +66,11 @@ def shared_bytes(kernel: KernelName, tile: Tile, head_dim: int, bits: int) -> in
 
 
 def derive_tile(key: TileKey) -> Tile:
-    """The rule for unlisted keys: 64 x 64 (two programs of 4 warps then share a multiprocessor and hide each other's
-    waits), smaller where blocks, fp32 or a large head size ask for it, with as many stages as fit.
+    """The rule for unlisted keys: 64 x 64 (two programs of 4 warps then share a multiprocessor and hide each
+    other's waits), smaller where blocks, fp32 or a large head size ask for it, with as many stages as fit.
 
-    Measured on sm_90 for 16-bit head size 128; elsewhere it is a rule that compiles without spilling, not an optimum.
+    Measured on sm_90 for 16-bit head size 128; elsewhere it is a rule that compiles without spilling, not an
+    optimum.
     """
     side = 64 if key.bits == 16 and key.head_dim <= 128 else 32
     rows, cols = min(key.max_rows, side), min(key.max_cols, side)

@@ -1,9 +1,11 @@
 """Forward kernel: one program holds a query tile (rows x packed heads) and streams its key blocks.
 
-Online softmax in base 2, fp32 accumulation. Partial blocks come first, in a loop of their own, so that the loop over
-full blocks has no mask, no position and no branch in it (FlashAttention-2, arXiv 2307.08691, section 3; block lists as
-in arXiv 2407.17678).
+Online softmax in base 2, fp32 accumulation. Partial blocks come first, in a loop of their own, so that the
+loop over full blocks has no mask, no position and no branch in it (FlashAttention-2, arXiv 2307.08691,
+section 3; block lists as in arXiv 2407.17678).
 """
+
+# ruff: noqa: SIM108 - an `if` on a constexpr chooses what is compiled; it reads better as a branch.
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ from ltrain_kernels.block_sparse.triton_tiles import (
 
 @triton.jit
 def online_softmax(s, v, acc, m, total, scale_log2, SAFE: tl.constexpr, PRECISION: tl.constexpr):
-    """Fold scores s of one key tile into (acc, m, total). SAFE: a row may have seen nothing yet (m = -inf)."""
+    """Fold scores s of one key tile into (acc, m, total). SAFE: a row may have seen nothing yet (m =
+    -inf)."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
     # Shifting such a row by 0 avoids (-inf) - (-inf).
     shift = tl.where(m_new == float("-inf"), 0.0, m_new) if SAFE else m_new
@@ -54,8 +57,9 @@ def attention_forward(
 ):  # fmt: skip
     """Write out [B, Tq, Hq, DV] and lse [B, Hq, Tq] (natural log, fp32) of every query tile.
 
-    ROWS query tokens x PACK query heads of one kv head make a tile; a sparse row is SPLIT_Q tiles, a sparse column
-    SPLIT_K tiles of COLS keys. Programs that share a sparse row are neighbours, so that they share keys in L2.
+    ROWS query tokens x PACK query heads of one kv head make a tile; a sparse row is SPLIT_Q tiles, a sparse
+    column SPLIT_K tiles of COLS keys. Programs that share a sparse row are neighbours, so that they share
+    keys in L2.
     """
     GROUPS: tl.constexpr = 1 if PER_QUERY_HEAD else GROUP // PACK
     pid = tl.program_id(0)

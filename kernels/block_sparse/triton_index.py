@@ -1,7 +1,9 @@
-"""What the kernels read of a plan: bounds of every line, entries with full blocks first, and the order of launch.
+"""What the kernels read of a plan: bounds of every line, entries with full blocks first, and the order of
+launch.
 
-A *line* is a sparse row (forward, dQ) or a sparse column (dK/dV). Stored lists come from the plan; a closed-form index
-over ordered positions needs no lists, only four numbers a line, found by binary search over block ends.
+A *line* is a sparse row (forward, dQ) or a sparse column (dK/dV). Stored lists come from the plan; a
+closed-form index over ordered positions needs no lists, only four numbers a line, found by binary search over
+block ends.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from torch import Tensor
 from ltrain_kernels.block_sparse.closed import ClosedIndex
 from ltrain_kernels.block_sparse.plan import Lists, Plan, block_range
 
-# Keys and values of the heads that run together should stay in the second-level cache: 50-60 MB on Hopper, in two
-# halves that each keep their own copy of what their side reads.
+# Keys and values of the heads that run together should stay in the second-level cache: 50-60 MB on Hopper, in
+# two halves that each keep their own copy of what their side reads.
 CACHE_BYTES = 32 << 20
 # Programs that run at once: 132 multiprocessors of Hopper, two each.
 PROGRAMS = 264
@@ -26,9 +28,10 @@ PROGRAMS = 264
 class Lines:
     """One side of a launch.
 
-    items int32 [B * heads * N, 8]: batch, head, line, four bounds, 0, in the order of launch (longest first); entries
-    int32 [nnz], or None for the closed form, whose parameters are `pattern` int32 [h, 4]; all as in `triton_tiles`.
-    bounds int32 [b, heads, N, 4] only where an item has several lists (columns of lists per query head).
+    items int32 [B * heads * N, 8]: batch, head, line, four bounds, 0, in the order of launch (longest first);
+    entries int32 [nnz], or None for the closed form, whose parameters are `pattern` int32 [h, 4]; all as in
+    `triton_tiles`. bounds int32 [b, heads, N, 4] only where an item has several lists (columns of lists per
+    query head).
     """
 
     items: Tensor
@@ -43,7 +46,8 @@ class Lines:
 
 @dataclass(frozen=True)
 class Launch:
-    """A plan made ready for tensors of one shape. `per_query_head`: lists differ within a group, so no packing.
+    """A plan made ready for tensors of one shape. `per_query_head`: lists differ within a group, so no
+    packing.
 
     Positions and documents int32 [1 or B, T]; documents None where there are none.
     """
@@ -69,7 +73,8 @@ _LAUNCHES: WeakKeyDictionary[Plan, dict[tuple[int, ...], Launch]] = WeakKeyDicti
 
 
 def launch_of(plan: Plan, batch: int, heads: int, kv_heads: int, head_bytes: int) -> Launch:
-    """The launch of `plan` for these tensors, made once. `head_bytes`: bytes of a token's key and value, one head."""
+    """The launch of `plan` for these tensors, made once. `head_bytes`: bytes of a token's key and value, one
+    head."""
     made = _LAUNCHES.setdefault(plan, {})
     key = (batch, heads, kv_heads, head_bytes)
     if key not in made:
@@ -120,13 +125,16 @@ def _items(bounds: Tensor, size: Tensor, order: Tensor) -> Tensor:
 
 
 def _order(size: Tensor, bytes_per_head: int) -> Tensor:
-    """Items [B, H, N] ranked for launch: heads in groups whose operands fit the cache, longest lines first in a group.
+    """Items [B, H, N] ranked for launch: heads in groups whose operands fit the cache, longest lines first in
+    a group.
 
-    One group of all heads instead where a single line is long beside an even share of the work, as strided columns are:
-    met late, it would keep one multiprocessor busy after all others are done.
+    One group of all heads instead where a single line is long beside an even share of the work, as strided
+    columns are: met late, it would keep one multiprocessor busy after all others are done.
     """
     total, lines = size.shape[0] * size.shape[1], size.shape[2]
-    fitting = [d for d in range(1, total + 1) if total % d == 0 and (d == 1 or d * bytes_per_head <= CACHE_BYTES)]
+    fitting = [
+        d for d in range(1, total + 1) if total % d == 0 and (d == 1 or d * bytes_per_head <= CACHE_BYTES)
+    ]
     together = max(fitting, default=1)
     if size.numel() and int(size.max()) * PROGRAMS * 2 > int(size.sum()):
         together = total
@@ -138,7 +146,8 @@ def _order(size: Tensor, bytes_per_head: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Ends:
-    """Ends of the blocks' keys of order, int64 [b, blocks]: (document, position) joined, and documents alone."""
+    """Ends of the blocks' keys of order, int64 [b, blocks]: (document, position) joined, and documents
+    alone."""
 
     q: tuple[Tensor, Tensor]
     k: tuple[Tensor, Tensor]
@@ -180,7 +189,11 @@ def _closed_rows(index: ClosedIndex, ends: _Ends) -> Tensor:
     q_first, q_last = ends.q
     k_first, k_last = ends.k
     a = torch.zeros_like(q_first)
-    b, c, d = a, _below(k_last, q_first, equal=True).clamp(max=ends.num_whole), _below(k_first, q_last, equal=True)
+    b, c, d = (
+        a,
+        _below(k_last, q_first, equal=True).clamp(max=ends.num_whole),
+        _below(k_first, q_last, equal=True),
+    )
     if ends.window is not None:
         a = _below(k_last, q_first - ends.window, equal=True)
         b = _below(k_first, q_last - ends.window, equal=True)
@@ -198,13 +211,16 @@ def _closed_rows(index: ClosedIndex, ends: _Ends) -> Tensor:
     sinks = torch.minimum(sinks, low)
     step = stride.clamp(min=1)
     start = sinks + torch.remainder(residue - sinks, step)
-    strided = torch.div(torch.minimum(columns, low) - start + step - 1, step, rounding_mode="floor").clamp(min=0)
+    strided = torch.div(torch.minimum(columns, low) - start + step - 1, step, rounding_mode="floor").clamp(
+        min=0
+    )
     count = torch.minimum(columns, sinks) + torch.where(stride > 0, strided, 0) + (columns - low).clamp(min=0)
     return count.to(torch.int32).contiguous()
 
 
 def _closed_columns(index: ClosedIndex, ends: _Ends) -> Tensor:
-    """Bounds [b, H, C, 4] by columns. Column j is seen by rows j, j + 1, ... without a gap, so an entry is its row."""
+    """Bounds [b, H, C, 4] by columns. Column j is seen by rows j, j + 1, ... without a gap, so an entry is
+    its row."""
     q_first, q_last = ends.q
     k_first, k_last = ends.k
     a, b = _below(q_last, k_first, equal=False), _below(q_first, k_last, equal=False)

@@ -1,8 +1,9 @@
-"""Device functions shared by the forward and backward kernels: where a tile lies, how it is loaded, what it may see.
+"""Device functions shared by the forward and backward kernels: where a tile lies, how it is loaded, what it
+may see.
 
-A *work item* is (batch, list head, sparse row or column); the table `items` holds them longest first, each with four
-numbers, its *bounds*: entries [b1, b2) are full blocks (no mask), [b0, b1) and [b2, b3) are partial ones. Entry n is
-block `entries[n]` where lists are stored, and a closed form of n where they are not.
+A *work item* is (batch, list head, sparse row or column); the table `items` holds them longest first, each
+with four numbers, its *bounds*: entries [b1, b2) are full blocks (no mask), [b0, b1) and [b2, b3) are partial
+ones. Entry n is block `entries[n]` where lists are stored, and a closed form of n where they are not.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A padded key is later than every query, a padded query earlier than every key: padding needs no mask of its own.
+# A padded key is later than every query, a padded query earlier than every key: padding needs no mask of its
+# own.
 PAD_KEY = tl.constexpr(2147483647)
 PAD_QUERY = tl.constexpr(-1)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -40,7 +42,8 @@ def load_pattern(pattern, h, s_h):
 
 @triton.jit
 def nth_entry(n, first, full, tail):
-    """n-th entry of an item in the order of work: the full ones [full, tail), then [first, full), then from `tail`."""
+    """n-th entry of an item in the order of work: the full ones [full, tail), then [first, full), then from
+    `tail`."""
     n += full
     return tl.where(n < tail, n, tl.where(n < tail + full - first, n - tail + first, n - full + first))
 

@@ -1,8 +1,10 @@
-"""Compiles the Triton kernels for GPUs that aren't there, with the tiles that ship, and reads the assembler's report.
+"""Compiles the Triton kernels for GPUs that aren't there, with the tiles that ship, and reads the assembler's
+report.
 
-The gate of sm_90: no stack and no spilled register, shared memory within the limit, warpgroup matrix instructions, and
-none of those made to wait for the one before (the assembler does that silently where it loses track of registers; it
-halves the rate). On sm_80: shared memory within the limit, and no more than a few spilled registers.
+The gate of sm_90: no stack and no spilled register, shared memory within the limit, warpgroup matrix
+instructions, and none of those made to wait for the one before (the assembler does that silently where it
+loses track of registers; it halves the rate). On sm_80: shared memory within the limit, and no more than a
+few spilled registers.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from ltrain_kernels.block_sparse.triton_config import SHARED_BYTES
 from support.triton_aot import Report, Variant, compile_variant
+
+from ltrain_kernels.block_sparse.triton_config import SHARED_BYTES
 
 VARIANTS = {
     "delta": Variant("delta", 90),

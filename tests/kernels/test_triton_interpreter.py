@@ -16,7 +16,8 @@ SCRIPT = Path(__file__).with_name("triton_interpreted.py")
 # Half precisions: their own rounding of inputs' products and of the result; the arithmetic is fp32.
 LIMITS = {"fp16": 2e-3, "bf16": 1.5e-2}
 CASES = (
-    "plain", "ragged", "gqa_packed", "gqa_odd_group", "per_query_head", "value_dim", "rectangular", "block_shapes",
+    "plain", "ragged", "gqa_packed", "gqa_odd_group", "per_query_head", "value_dim", "rectangular",
+    "block_shapes",
     "documents", "window", "batched_index", "shuffled_positions", "empty_rows", "closed", "closed_documents",
     "closed_window", "closed_shuffled", "strided_input", "fp16", "bf16", "ring", "no_keys",
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Runs the Triton kernels in the interpreter and prints, as JSON, their errors against the fp64 definition.
 
-A program of its own, because a process either interprets its kernels or compiles them. `test_triton_interpreter`
-starts it with TRITON_INTERPRET=1 and judges what it prints.
+A program of its own, because a process either interprets its kernels or compiles them.
+`test_triton_interpreter` starts it with TRITON_INTERPRET=1 and judges what it prints.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
+
 from ltrain_kernels.block_sparse import (
     BlockIndex,
     attention_backward,
@@ -22,8 +25,6 @@ from ltrain_kernels.block_sparse import (
     strided,
 )
 from ltrain_kernels.lse_merge import merge
-from torch import Tensor
-from triton.runtime.interpreter import InterpreterBuilder
 
 VISITS = [0.0]
 
@@ -67,8 +68,10 @@ CASES = {
     "batched_index": Case(batch=2, index_batch=2, tq=64, tk=64),
     "shuffled_positions": Case(shuffled=True, heads=1),
     "empty_rows": Case(index="rows", offset=-40, heads=1),
-    "closed": Case(index="closed", index_heads=2, heads=4, kv_heads=2, tq=160, tk=160, block_q=16, block_k=16),
-    "closed_documents": Case(index="closed", docs=True, batch=2, heads=1, tq=90, tk=90, block_q=16, block_k=16),
+    "closed": Case(index="closed", index_heads=2, heads=4, kv_heads=2, tq=160, tk=160, block_q=16,
+    block_k=16),
+    "closed_documents": Case(index="closed", docs=True, batch=2, heads=1, tq=90, tk=90, block_q=16,
+    block_k=16),
     "closed_window": Case(index="closed", window=50, heads=1, tq=120, tk=120, block_q=16, block_k=16),
     "closed_shuffled": Case(index="closed", shuffled=True, heads=1, block_q=16, block_k=16),
     "strided_input": Case(strided_input=True, heads=1),
@@ -120,7 +123,9 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max().clamp(min=1e-6)) if got.numel() else 0.0
 
 
-def gradients(tensors: list[Tensor], index: BlockIndex, call: dict[str, Any], dout: Tensor, dlse: Tensor, backend: str):
+def gradients(
+    tensors: list[Tensor], index: BlockIndex, call: dict[str, Any], dout: Tensor, dlse: Tensor, backend: str
+):
     leaves = [x.detach().requires_grad_() for x in tensors]
     out, lse = block_sparse_attention(*leaves, index, **call, backend=backend)
     finite = torch.where(torch.isinf(lse), 0.0, lse)
@@ -142,7 +147,9 @@ def check(case: Case, seed: int) -> dict[str, float]:
         own[1] = torch.cat([own[1], own[1][..., :3]], -1)[..., : case.dim]
     got = gradients(own, index, call, dout.to(case.dtype), dlse.float(), "triton")
     again = gradients(own, index, call, dout.to(case.dtype), dlse.float(), "triton")
-    errors = {name: error(g, w) for name, g, w in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True)}
+    errors = {
+        name: error(g, w) for name, g, w in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True)
+    }
     errors["repeat"] = max(float((a - b).nan_to_num().abs().max()) for a, b in zip(got, again, strict=True))
     return errors
 
@@ -161,7 +168,8 @@ def check_ring() -> dict[str, float]:
         plan = prepare(index.select(rows, torch.tensor([half])), q_pos=call["q_pos"], k_pos=call["k_pos"][at])
         parts.append((k[:, at], v[:, at], plan, at))
     partial = [
-        attention_forward(q, k_, v_, plan, backend="triton", out_dtype=torch.float32) for k_, v_, plan, _ in parts
+        attention_forward(q, k_, v_, plan, backend="triton", out_dtype=torch.float32)
+        for k_, v_, plan, _ in parts
     ]
     out, lse = merge(partial)
     delta = attention_delta(out, dout)
@@ -181,7 +189,11 @@ def check_no_keys() -> dict[str, float]:
     out, lse = block_sparse_attention(q, k, k, index, q_pos=pos, k_pos=pos[:0], backend="triton")
     none = BlockIndex.from_mask(torch.zeros(1, 1, 0, 2, dtype=torch.bool), 16, 16)
     empty, _ = block_sparse_attention(q[:, :0], q, q, none, q_pos=pos[:0], k_pos=pos, backend="triton")
-    return {"out": float(out.abs().max()), "lse": float((lse != -torch.inf).sum()), "shape": float(empty.numel())}
+    return {
+        "out": float(out.abs().max()),
+        "lse": float((lse != -torch.inf).sum()),
+        "shape": float(empty.numel()),
+    }
 
 
 def count_dots() -> None:

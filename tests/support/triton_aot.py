@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from ltrain_kernels.block_sparse.triton_bwd import attention_delta, attention_dkdv, attention_dq
 from ltrain_kernels.block_sparse.triton_config import Tile, TileKey, choose_tile
 from ltrain_kernels.block_sparse.triton_fwd import attention_forward
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 KERNELS = {"forward": attention_forward, "dq": attention_dq, "dkdv": attention_dkdv, "delta": attention_delta}
 INTEGER_TABLES = {"items", "bounds", "entries", "pattern", "q_pos", "k_pos", "q_doc", "k_doc"}
@@ -22,7 +23,8 @@ FLOAT_TABLES = {"lse", "lse2", "delta", "dlse"}
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled form of a kernel. `pack` query heads of `rows // pack` tokens make a tile of tile.rows rows."""
+    """One compiled form of a kernel. `pack` query heads of `rows // pack` tokens make a tile of tile.rows
+    rows."""
 
     kernel: str
     arch: int
@@ -76,7 +78,8 @@ def compile_variant(variant: Variant) -> Report:
         constants = {
             "GROUP": variant.group, "PACK": pack, "PER_QUERY_HEAD": False, "ROWS": rows, "COLS": tile.cols,
             "SPLIT_Q": variant.block_q // rows, "SPLIT_K": variant.block_k // tile.cols,
-            "D": dim, "BLOCK_D": dim, "DV": dim, "BLOCK_DV": dim, "CLOSED": variant.closed, "HAS_DOC": variant.docs,
+            "D": dim, "BLOCK_D": dim, "DV": dim, "BLOCK_DV": dim, "CLOSED": variant.closed,
+            "HAS_DOC": variant.docs,
             "HAS_WINDOW": variant.window, "TMA": tma, "UPCAST": False,
             "PRECISION": "ieee" if variant.dtype == "fp32" else "tf32",
         }  # fmt: skip
@@ -123,7 +126,9 @@ def inspect(compiled) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
         sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     return Report(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
@@ -139,8 +144,9 @@ def inspect(compiled) -> Report:
 def _serialized(sass: str) -> int:
     """Warpgroup multiplications that the assembler made to wait for the one just before.
 
-    It does so (with a mere warning) where it can't prove that registers of a pending one are left alone; the kernel is
-    still right and half as fast. In a run of such instructions only the last should signal the scoreboard.
+    It does so (with a mere warning) where it can't prove that registers of a pending one are left alone; the
+    kernel is still right and half as fast. In a run of such instructions only the last should signal the
+    scoreboard.
     """
     lines = [line for line in sass.splitlines() if re.search(r"/\*[0-9a-f]{4,5}\*/\s", line)]
     previous, count = False, 0

@@ -1,10 +1,11 @@
-"""Checks and times block-sparse attention on one GPU: our Triton kernels beside FlashAttention-2, cuDNN, FlexAttention.
+"""Checks and times block-sparse attention on one GPU: our Triton kernels beside FlashAttention-2, cuDNN,
+FlexAttention.
 
     python tools/bench/attention_gpu.py --out results/
 
-Needs only `ltrain_kernels` and torch. Checks run first; a cell whose kernel is wrong is reported as wrong. Results are
-written after every cell (JSON and CSV), so that an interrupted run keeps what it measured. Rates count the visible
-(query, key) pairs: 4 D FLOPs a pair and head forward, 10 D backward.
+Needs only `ltrain_kernels` and torch. Checks run first; a cell whose kernel is wrong is reported as wrong.
+Results are written after every cell (JSON and CSV), so that an interrupted run keeps what it measured. Rates
+count the visible (query, key) pairs: 4 D FLOPs a pair and head forward, 10 D backward.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from ltrain_kernels.block_sparse import (
     BlockIndex,
     attention_backward,
@@ -35,8 +39,6 @@ from ltrain_kernels.block_sparse import (
 )
 from ltrain_kernels.block_sparse.plan import Plan
 from ltrain_kernels.block_sparse.triton_index import launch_of
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DEVICE = "cuda"
 HEAD_DIM = 128
@@ -83,7 +85,9 @@ def make_index(cell: Cell) -> BlockIndex:
         return BlockIndex.from_mask(mask, cell.block, cell.block)
     if cell.stride:
         residues = [(-h) % cell.stride for h in range(cell.kv_heads)]
-        return strided(cell.tokens, cell.block, local=cell.local, stride=cell.stride, residues=residues).to(DEVICE)
+        return strided(cell.tokens, cell.block, local=cell.local, stride=cell.stride, residues=residues).to(
+            DEVICE
+        )
     return dense(cell.tokens, cell.block).to(DEVICE)
 
 
@@ -95,7 +99,9 @@ def visible_pairs(cell: Cell, index: BlockIndex) -> int:
     return per_list * cell.heads // index.heads
 
 
-def tensors(cell: Cell, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(
+    cell: Cell, seed: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, dout as [1, T, H, D]."""
     torch.manual_seed(seed)
 
@@ -106,8 +112,9 @@ def tensors(cell: Cell, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> t
 
 
 def median_ms(call: Callable[[], Any], repeats: int = 11, warmup: int = 3) -> float:
-    """Median time of a call on the GPU. All calls are queued before the first is waited for, so that the host's part
-    of a launch is hidden, as in training; a write of 256 MB before each clears the second-level cache."""
+    """Median time of a call on the GPU. All calls are queued before the first is waited for, so that the
+    host's part of a launch is hidden, as in training; a write of 256 MB before each clears the second-level
+    cache."""
     for _ in range(warmup):
         call()
     flush = torch.empty(64 << 20, dtype=torch.int32, device=DEVICE)
@@ -153,7 +160,8 @@ def sdpa(backend: SDPBackend, gqa: bool) -> Callable[[Tensor, Tensor, Tensor], T
 
 
 def flex(cell: Cell, index: BlockIndex) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention over the same blocks; its tables are made from ours (its own mask builder needs T x T bytes)."""
+    """FlexAttention over the same blocks; its tables are made from ours (its own mask builder needs T x T
+    bytes)."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     mask = index.to_mask().expand(-1, cell.kv_heads, -1, -1).repeat_interleave(cell.heads // cell.kv_heads, 1)
@@ -256,10 +264,13 @@ def relative(got: Tensor, want: Tensor) -> float:
     finite = torch.isfinite(want)
     if not torch.equal(torch.isfinite(got), finite):
         return float("inf")
-    return float((got.double() - want.double())[finite].norm() / want.double()[finite].norm().clamp(min=1e-12))
+    return float(
+        (got.double() - want.double())[finite].norm() / want.double()[finite].norm().clamp(min=1e-12)
+    )
 
 
-# (dtype, head size, query heads, kv heads, block, form) of the checks against the definition, at 1,000 tokens.
+# (dtype, head size, query heads, kv heads, block, form) of the checks against the definition, at 1,000
+# tokens.
 CHECKS = (
     (torch.bfloat16, 128, 2, 2, 128, "lists"),
     (torch.bfloat16, 128, 8, 2, 64, "lists"),
@@ -278,7 +289,8 @@ LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 
 def check_definition(number: int) -> dict[str, Any]:
-    """out, lse, dq, dk, dv (with a gradient of lse) of one of CHECKS against fp64; a second run must be bitwise equal."""
+    """out, lse, dq, dk, dv (with a gradient of lse) of one of CHECKS against fp64; a second run must be
+    bitwise equal."""
     dtype, dim, heads, kv_heads, block, form = CHECKS[number]
     torch.manual_seed(number)
     tokens = 1000
@@ -316,13 +328,16 @@ def check_definition(number: int) -> dict[str, Any]:
 
 
 def run_checks(results: Results) -> None:
-    """The small checks, several at a time because compiling takes most of them; then the long cells against SDPA."""
+    """The small checks, several at a time because compiling takes most of them; then the long cells against
+    SDPA."""
     with ProcessPoolExecutor(6, mp_context=multiprocessing.get_context("spawn")) as pool:
         for number, future in enumerate([pool.submit(check_definition, n) for n in range(len(CHECKS))]):
             try:
                 results.checks.append(future.result())
             except Exception as problem:
-                results.checks.append({"form": str(CHECKS[number]), "ok": False, "errors": [repr(problem)[:300]]})
+                results.checks.append(
+                    {"form": str(CHECKS[number]), "ok": False, "errors": [repr(problem)[:300]]}
+                )
             if not results.checks[-1]["ok"]:
                 print("WRONG", results.checks[-1], flush=True)
     for cell in CELLS[0], CELLS[4]:
@@ -335,7 +350,11 @@ def run_checks(results: Results) -> None:
         want_out = sdpa(SDPBackend.FLASH_ATTENTION, cell.heads != cell.kv_heads)(*leaves)
         want = torch.autograd.grad(want_out, leaves, dout.transpose(1, 2))
         errors = [relative(a, b.transpose(1, 2)) for a, b in zip((out, *got), (want_out, *want), strict=True)]
-        check = {"form": f"{cell.name} 32K against SDPA", "heads": f"{cell.heads}:{cell.kv_heads}", "errors": errors}
+        check = {
+            "form": f"{cell.name} 32K against SDPA",
+            "heads": f"{cell.heads}:{cell.kv_heads}",
+            "errors": errors,
+        }
         results.checks.append(check | {"ok": max(errors) < 1e-2})
         print(results.checks[-1], flush=True)
         torch.cuda.empty_cache()
@@ -361,7 +380,9 @@ def main() -> None:
     if not args.skip_checks:
         run_checks(results)
     for cell in CELLS:
-        kernels = [k for k in args.kernels if k not in ("fa2", "cudnn") or cell.name == "dense" or cell.stride]
+        kernels = [
+            k for k in args.kernels if k not in ("fa2", "cudnn") or cell.name == "dense" or cell.stride
+        ]
         if time.perf_counter() - start < args.seconds:
             time_cell(cell, kernels, results)
 

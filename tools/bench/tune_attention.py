@@ -1,10 +1,11 @@
-"""Times candidate tiles of each Triton attention kernel on one GPU, and writes the table that the kernels read.
+"""Times candidate tiles of each Triton attention kernel on one GPU, and writes the table that the kernels
+read.
 
     python tools/bench/tune_attention.py --out results/ [--write]
 
-Every candidate runs on a dense and on a 90 % dropped random index; the one with the least summed relative time wins
-its key. Candidates that don't compile, spill registers or don't fit are listed with the reason. `--write` replaces
-kernels/block_sparse/triton_tiles.json; without it the table only goes to --out.
+Every candidate runs on a dense and on a 90 % dropped random index; the one with the least summed relative
+time wins its key. Candidates that don't compile, spill registers or don't fit are listed with the reason.
+`--write` replaces kernels/block_sparse/triton_tiles.json; without it the table only goes to --out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from attention_gpu import DEVICE, Cell, causal_random, median_ms, tensors, visible_pairs
+
 from ltrain_kernels.block_sparse import BlockIndex, attention_delta, prepare
 from ltrain_kernels.block_sparse import triton_attention as kernels
 from ltrain_kernels.block_sparse.triton_config import TABLE, Tile, TileKey, load_table, save_table
@@ -32,7 +34,9 @@ CANDIDATES = {
 }  # fmt: skip
 
 
-def tune(cell_shape: tuple[int, int, int, int], report: list[dict[str, Any]], only: list[str]) -> dict[TileKey, Tile]:
+def tune(
+    cell_shape: tuple[int, int, int, int], report: list[dict[str, Any]], only: list[str]
+) -> dict[TileKey, Tile]:
     """Best tiles for (tokens, heads, kv heads, block)."""
     tokens, heads, kv_heads, block = cell_shape
     pos = torch.arange(tokens, dtype=torch.int32, device=DEVICE)
