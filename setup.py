@@ -29,7 +29,7 @@ setup(
         "nvidia-ml-py>=12",
         "numpy",
         "pydantic>=2.10",
-        "tyro>=0.9",
+        "psutil",
         "pyyaml",
         "rich",
         "transformers>=5.0",

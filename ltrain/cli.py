@@ -44,6 +44,13 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
     return export(_config(args, overrides), args.out, args.step)
 
 
+def _report(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.report.write import print_report
+
+    _none(overrides)
+    return print_report(args.runs, args.out)
+
+
 def _env(args: argparse.Namespace, overrides: list[str]) -> int:
     from ltrain.metrics.environment import print_environment
 
@@ -79,6 +86,10 @@ def parser() -> argparse.ArgumentParser:
     export = add("export", _export, "Write a checkpoint of a run as a Hugging Face folder.")
     export.add_argument("--out", type=Path, default=None, help="folder to write (default: RUN/hf)")
     export.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
+    text = "Write report.html and plots of one run, or of several beside one another."
+    report = add("report", _report, text, config=False)
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, outputs/NAME")
+    report.add_argument("--out", type=Path, default=None, help="folder to write to (default: the first RUN)")
     add("env", _env, "Versions, devices and which kernels are usable and why not.", config=False)
     return top
 
@@ -86,8 +97,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     args, rest = parser().parse_known_args(arguments)
-    # mcore and its optional parts tell at import what is not installed; nothing of it concerns a user.
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+    # mcore and torch tell at import what is optional and at run time what they will rename; none of it is for
+    # users.
+    for module in ("megatron", "torch"):
+        warnings.filterwarnings("ignore", module=rf"{module}\.")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("ltrain").setLevel(logging.INFO)

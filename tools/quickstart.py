@@ -1,4 +1,4 @@
-"""The quickstart: train a small base model at 512 tokens, extend it to 4096 on two processes, show what happened.
+"""The quickstart: a base model at 512 tokens, its extension to 4096 on two processes, and what happened.
 
 The base model is kept in the cache, so that a second run starts with the extension.
 """

@@ -23,3 +23,7 @@ class ConfigError(ValueError):
     def __init__(self, field: str, value: object, rule: str, fix: str = "") -> None:
         self.field, self.value, self.rule, self.fix = field, value, rule, fix
         super().__init__(f"{field}={value!r} {rule}" + (f"; {fix}" if fix else ""))
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        # Ranks send errors to one another; the default would call the class with the finished message only.
+        return ConfigError, (self.field, self.value, self.rule, self.fix)

@@ -115,10 +115,26 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
 def validate(tree: dict[str, Any]) -> RunConfig:
     """Check a configuration tree against the schema and the cross-field rules."""
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(_with_default_kinds(tree))
     except ValidationError as error:
-        faults = [_explain(item) for item in error.errors()]
+        items = error.errors()
+        # pydantic adds that a tuple is too short when what is wrong with its items has been said already.
+        deeper = {item["loc"][:-n] for item in items for n in range(1, len(item["loc"]))}
+        faults = [_explain(i) for i in items if i["type"] != "too_short" or i["loc"] not in deeper]
         raise faults[0] if len(faults) == 1 else Faults(faults) from None
+
+
+def _with_default_kinds(tree: dict[str, Any]) -> dict[str, Any]:
+    """Name the default kind in sections that set fields of it without naming it."""
+    named = dict(tree)
+    for name, info in RunConfig.model_fields.items():
+        section = tree.get(name)
+        if isinstance(section, dict) and "kind" not in section and not info.is_required():
+            default = info.get_default(call_default_factory=True, validated_data={})
+            kind = getattr(default, "kind", None)
+            if kind is not None:
+                named[name] = {"kind": kind, **section}
+    return named
 
 
 class Faults(ConfigError):
@@ -158,12 +174,12 @@ def _explain(item: Any) -> ConfigError:
     return ConfigError(field, value, f"must be {message}" if message != item["msg"] else item["msg"])
 
 
-def _models_of(annotation: Any) -> list[type[BaseModel]]:
+def section_classes(annotation: Any) -> list[type[BaseModel]]:
     """Every section class that an annotation can hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple, list, dict):
-        return [model for part in typing.get_args(annotation) for model in _models_of(part)]
+        return [model for part in typing.get_args(annotation) for model in section_classes(part)]
     return []
 
 
@@ -189,7 +205,7 @@ def _walk(location: list[str | int]) -> tuple[list[type[BaseModel]], list[str]]:
                     m
                     for model in models
                     if part in model.model_fields
-                    for m in _models_of(model.model_fields[part].rebuild_annotation())
+                    for m in section_classes(model.model_fields[part].rebuild_annotation())
                 ]
     return models, names
 

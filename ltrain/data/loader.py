@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
+import sys
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,13 @@ import numpy as np
 
 from ltrain.config.base import ConfigError
 from ltrain.config.data import DataConfig
-from ltrain.data.packing import Packer, split_document
-from ltrain.data.rows import Row
-from ltrain.data.shards import TokenStore, open_source
-from ltrain.data.tokenizer import Tokenizer
+from ltrain.data.corpus import Corpus, held_out_rows, open_corpus
+from ltrain.data.packing import Packer, Pieces, split_document
+from ltrain.data.rows import Piece, Row
+
+__all__ = ["Corpus", "Loader", "Step", "held_out_rows", "open_corpus"]
+
+log = logging.getLogger("ltrain")
 
 
 @dataclass(frozen=True)
@@ -26,167 +30,182 @@ class Step:
     stats: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Documents of all sources. `train` and `held_out` int64 [n, 2] hold (source, document); a document of a
-    source with weight w stands w times (rounded at random) in `train` of an epoch.
+class Loader:
+    """Yields the steps of a run.
+
+    `next_step` gives `tokens_per_step // seq_len` rows of `seq_len` tokens, or, with `packing: none`,
+    documents of at most `tokens_per_step` tokens in all. Where `prefetch` is set a thread reads the next step
+    meanwhile; the state is always that after the last step given out: seed, epoch, document cursor, open rows
+    (as references to documents), settings and fingerprint of the data, all plain JSON.
+
+    Raises ConfigError where the settings contradict the data.
     """
 
-    stores: list[TokenStore]
-    weights: list[float]
-    train: np.ndarray
-    held_out: np.ndarray
-    fingerprint: str
-
-    def tokens(self, entry: np.ndarray) -> np.ndarray:
-        return self.stores[int(entry[0])][int(entry[1])]
-
-
-def open_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
-    """Open, filter and split the sources. Raises ConfigError where nothing is left to train on."""
-    stores = [open_source(source, tokenizer, config.cache) for source in config.sources]
-    train, held_out = [], []
-    digest = hashlib.sha256()
-    for s, (source, store) in enumerate(zip(config.sources, stores, strict=True)):
-        digest.update(store.lengths.tobytes() + json.dumps(store.facts, sort_keys=True).encode())
-        fits = store.lengths >= max(source.min_tokens, 1)
-        if source.max_tokens is not None:
-            fits &= store.lengths <= source.max_tokens
-        ids = np.flatnonzero(fits)
-        # Multiplicative hashing of the document's number: the split does not depend on filters or order.
-        mixed = ((ids.astype(np.uint64) + 1) * np.uint64(11400714819323198485)) >> np.uint64(40)
-        held = mixed.astype(np.float64) / (1 << 24) < config.holdout
-        pairs = np.stack([np.full(len(ids), s), ids], axis=1)
-        train.append(pairs[~held])
-        held_out.append(pairs[held])
-    corpus = Corpus(
-        stores,
-        [s.weight for s in config.sources],
-        np.concatenate(train),
-        np.concatenate(held_out),
-        digest.hexdigest(),
-    )
-    if not len(corpus.train):
-        raise ConfigError(
-            "data.sources", len(stores), "hold no document to train on", "check the length filters"
-        )
-    return corpus
-
-
-class Loader:
-    """Yields the steps of a run. State is seed, epoch, document cursor and the packer's open rows."""
-
     def __init__(
-        self, config: DataConfig, corpus: Corpus, *, seq_len: int, tokens_per_step: int, seed: int
+        self,
+        config: DataConfig,
+        corpus: Corpus,
+        *,
+        seq_len: int,
+        tokens_per_step: int,
+        seed: int,
+        prefetch: bool = True,
     ) -> None:
+        if tokens_per_step % seq_len:
+            lower = tokens_per_step // seq_len * seq_len
+            raise ConfigError(
+                "train.tokens_per_step",
+                tokens_per_step,
+                f"must be a multiple of train.seq_len={seq_len}",
+                f"use {lower} or {lower + seq_len}" if lower else f"use {seq_len}",
+            )
         self.config, self.corpus, self.seq_len, self.seed = config, corpus, seq_len, seed
-        self.rows_per_step = tokens_per_step // seq_len
         self.tokens_per_step = tokens_per_step
         self.longest = min(config.max_document_tokens or seq_len, seq_len)
-        self.packer = Packer(config.packing, seq_len, config.document_mask)
-        self.epoch, self.cursor, self.dropped_tokens = 0, 0, 0
-        self._ready: deque[Row] = deque()
-        self._order = self._permute()
-
-    def _permute(self) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        train = self.corpus.train
-        weights = np.asarray(self.corpus.weights)[train[:, 0]]
-        copies = np.floor(weights + rng.random(len(train))).astype(np.int64)
-        picked = np.repeat(np.arange(len(train)), copies)
-        if not len(picked):
-            raise ConfigError("data.sources.weight", self.corpus.weights, "leave no document in an epoch")
-        return rng.permutation(picked)
-
-    def _next_document(self) -> np.ndarray:
-        if self.cursor >= len(self._order):
-            self.epoch, self.cursor = self.epoch + 1, 0
-            self._order = self._permute()
-        entry = self.corpus.train[self._order[self.cursor]]
-        self.cursor += 1
-        return self.corpus.tokens(entry)
-
-    def _enough(self) -> bool:
-        if self.config.packing == "none":
-            return sum(row.num_tokens for row in self._ready) >= self.tokens_per_step
-        return len(self._ready) >= self.rows_per_step
+        # One stream is cut where rows end; cutting long documents before would only add borders.
+        streamed = config.packing == "concat_split" and config.long_documents == "split"
+        self._cut = config.max_document_tokens or sys.maxsize if streamed else self.longest
+        if config.long_documents == "drop" and corpus.lengths(corpus.train).min() > self.longest:
+            raise ConfigError(
+                "data.long_documents",
+                "drop",
+                f"drops every document: the shortest is longer than {self.longest} tokens",
+                "use split, or a longer train.seq_len",
+            )
+        self._packer = Packer(config.packing, seq_len)
+        self._epoch, self._cursor, self._dropped_tokens, self._split_documents = 0, 0, 0, 0
+        self._ready: deque[Pieces] = deque()
+        self._order = corpus.epoch_order(seed, 0)
+        self._state = self._snapshot()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data") if prefetch else None
+        self._pending: Future[tuple[Step, dict[str, Any]]] | None = None
+        for store in corpus.stores:
+            facts = store.facts
+            log.info(
+                "data %s: %d documents, %d tokens, %d bad files or records left out",
+                facts["source"],
+                facts["documents"],
+                facts["tokens"],
+                facts["left_out"],
+            )
+        for upper, documents, tokens in corpus.histogram():
+            log.info("documents up to %7d tokens: %7d, %10d tokens", upper, documents, tokens)
 
     def next_step(self) -> Step:
-        """The next step's rows: a fixed number of full rows, or with `packing: none` documents of about as
-        many tokens.
-        """
-        while not self._enough():
-            pieces, dropped = split_document(self._next_document(), self.longest, self.config.long_documents)
-            self.dropped_tokens += dropped
-            for piece in pieces:
-                self._ready.extend(self.packer.push(piece))
-        rows: list[Row] = []
-        if self.config.packing == "none":
-            total = 0
-            while self._ready and (not rows or total + self._ready[0].num_tokens <= self.tokens_per_step):
-                total += self._ready[0].num_tokens
-                rows.append(self._ready.popleft())
-        else:
-            rows = [self._ready.popleft() for _ in range(self.rows_per_step)]
-        return Step(rows, self._stats(rows))
-
-    def _stats(self, rows: list[Row]) -> dict[str, float]:
-        lengths = np.concatenate([row.document_lengths for row in rows])
-        size = sum(len(row.tokens) for row in rows)
-        fill = float(lengths.sum()) / size
-        return {
-            "data/pack_fill": fill,
-            "data/pad_frac": 1 - fill,
-            "data/doc_len_p50": float(np.median(lengths)),
-            "data/doc_len_max": float(lengths.max()),
-            "data/truncated_tokens": float(self.dropped_tokens),
-        }
+        """The next step; of `data/` metrics `truncated_tokens` and `split_documents` count from the start."""
+        step, self._state = self._pending.result() if self._pending else self._produce()
+        self._pending = self._thread.submit(self._produce) if self._thread else None
+        return step
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "cursor": self.cursor,
-            "dropped_tokens": self.dropped_tokens,
-            "packer": self.packer.state_dict(),
-            "ready": [[row.tokens.tolist(), list(row.document_lengths)] for row in self._ready],
-            "data": self.corpus.fingerprint,
-        }
+        """Where the stream stands after the last step given out."""
+        return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises ConfigError where the data has changed since."""
+        """Go on where `state` was taken. Raises ConfigError where data or settings have changed since."""
+        if self._pending is not None:
+            self._pending.exception()  # the thread is done with the fields that change below
+            self._pending = None
+        other = "or start from the checkpoint's parameters with checkpoint.init_from"
         if state["data"] != self.corpus.fingerprint:
             raise ConfigError(
                 "data.sources",
                 self.corpus.fingerprint[:12],
                 f"is other data than the checkpoint's ({state['data'][:12]})",
-                "restore the files, or start from the checkpoint's parameters with checkpoint.init_from",
+                f"restore the files, {other}",
             )
-        self.seed, self.epoch, self.cursor = state["seed"], state["epoch"], state["cursor"]
-        self.dropped_tokens = state["dropped_tokens"]
-        self.packer.load_state_dict(state["packer"])
-        self._ready = deque(
-            Row(np.asarray(tokens, dtype=np.int32), tuple(lengths), self.config.document_mask)
-            for tokens, lengths in state["ready"]
-        )
-        self._order = self._permute()
+        for field, now in self._settings().items():
+            then = state["settings"][field]
+            if now != then:
+                raise ConfigError(
+                    field, now, f"must be {then!r}, as it was for the checkpoint", f"set it back, {other}"
+                )
+        self._epoch, self._cursor = state["epoch"], state["cursor"]
+        self._dropped_tokens, self._split_documents = state["dropped_tokens"], state["split_documents"]
+        self._packer.load_state_dict(state["packer"])
+        self._ready = deque(tuple(Piece(*piece) for piece in row) for row in state["ready"])
+        self._order = self.corpus.epoch_order(self.seed, self._epoch)
+        self._state = self._snapshot()
+
+    def _settings(self) -> dict[str, Any]:
+        """What the order and the cuts of the stream depend on, by the name of its field."""
+        sources, config = self.config.sources, self.config
+        return {
+            "run.seed": self.seed,
+            "train.seq_len": self.seq_len,
+            "data.packing": config.packing,
+            "data.long_documents": config.long_documents,
+            "data.max_document_tokens": config.max_document_tokens,
+            "data.holdout": config.holdout,
+            "data.sources.weight": [s.weight for s in sources],
+            "data.sources.min_tokens": [s.min_tokens for s in sources],
+            "data.sources.max_tokens": [s.max_tokens for s in sources],
+        }
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "cursor": self._cursor,
+            "dropped_tokens": self._dropped_tokens,
+            "split_documents": self._split_documents,
+            "packer": self._packer.state_dict(),
+            "ready": [[list(piece) for piece in row] for row in self._ready],
+            "settings": self._settings(),
+            "data": self.corpus.fingerprint,
+        }
+
+    def _produce(self) -> tuple[Step, dict[str, Any]]:
+        """The next step, and the state after it."""
+        while not self._enough():
+            document = self._next_document()
+            pieces, dropped = split_document(document, self._cut, self.config.long_documents)
+            self._dropped_tokens += dropped
+            self._split_documents += document.length > self.longest and not dropped
+            for piece in pieces:
+                self._ready.extend(self._packer.push(piece))
+        taken = self._take()
+        none = self.config.packing == "none"
+        rows = [
+            self.corpus.row(pieces, _length(pieces) if none else self.seq_len, self.config.document_mask)
+            for pieces in taken
+        ]
+        return Step(rows, self._stats(rows)), self._snapshot()
+
+    def _next_document(self) -> Piece:
+        while self._cursor >= len(self._order):  # an epoch of small weights may be empty
+            self._epoch, self._cursor = self._epoch + 1, 0
+            self._order = self.corpus.epoch_order(self.seed, self._epoch)
+        self._cursor += 1
+        return self.corpus.piece(self.corpus.train[self._order[self._cursor - 1]])
+
+    def _enough(self) -> bool:
+        if self.config.packing == "none":
+            return sum(map(_length, self._ready)) >= self.tokens_per_step
+        return len(self._ready) * self.seq_len >= self.tokens_per_step
+
+    def _take(self) -> list[Pieces]:
+        if self.config.packing != "none":
+            return [self._ready.popleft() for _ in range(self.tokens_per_step // self.seq_len)]
+        taken: list[Pieces] = []
+        room = self.tokens_per_step
+        while self._ready and _length(self._ready[0]) <= room:
+            room -= _length(self._ready[0])
+            taken.append(self._ready.popleft())
+        return taken
+
+    def _stats(self, rows: list[Row]) -> dict[str, float]:
+        lengths = np.concatenate([row.document_lengths for row in rows])
+        fill = float(lengths.sum()) / sum(len(row.tokens) for row in rows)
+        return {
+            "data/pack_fill": fill,
+            "data/pad_frac": 1 - fill,
+            "data/doc_len_p50": float(np.median(lengths)),
+            "data/doc_len_max": float(lengths.max()),
+            "data/truncated_tokens": float(self._dropped_tokens),
+            "data/split_documents": float(self._split_documents),
+            "data/epoch": float(self._epoch),
+        }
 
 
-def held_out_rows(
-    config: DataConfig, corpus: Corpus, *, seq_len: int, max_tokens: int, min_tokens: int
-) -> list[Row]:
-    """Held-out documents in a fixed order, packed into rows, cut at the context, of about `max_tokens` in
-    all.
-    """
-    packer = Packer("first_fit", seq_len, True)
-    rows: list[Row] = []
-    used = 0
-    for entry in corpus.held_out:
-        tokens = corpus.tokens(entry)[:seq_len]
-        if len(tokens) < max(2, min_tokens):
-            continue
-        if used and used + len(tokens) > max_tokens:
-            break
-        rows += packer.push(tokens)
-        used += len(tokens)
-    return rows + packer.flush()
+def _length(pieces: Pieces) -> int:
+    return sum(piece.length for piece in pieces)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,18 +11,29 @@ IGNORE = -100
 PADDING = -1
 
 
+class Piece(NamedTuple):
+    """`length` tokens of a source's document, from token `start` on."""
+
+    source: int
+    document: int
+    start: int
+    length: int
+
+
 @dataclass(frozen=True)
 class Row:
     """Tokens int32 [T] of documents that lie one after the other; the rest after the last one is padding.
 
     With `document_mask=False` the row counts as one document for positions and attention; targets still end
-    where a document ends. `targets=False` makes every target ignored.
+    where a document ends. `targets=False` makes every target ignored. `pieces` says where the
+    tokens are from.
     """
 
     tokens: np.ndarray
     document_lengths: tuple[int, ...]
     document_mask: bool = True
     targets: bool = True
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -33,9 +45,9 @@ class Row:
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, labels (the next token of the same document, else -100), positions and document ids, all
-        [T].
+        int32 [T].
 
-        Positions start at 0 in every document; padding has document -1.
+        Positions start at 0 in every document, and in the padding; padding has document -1.
         """
         size, used = len(self.tokens), self.num_tokens
         lengths = np.asarray(self.document_lengths, dtype=np.int64)

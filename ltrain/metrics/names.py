@@ -82,6 +82,8 @@ METRICS = _table(
     data/pad_frac | 1 | last | share of the rows that is padding
     data/doc_len_p50 | tokens | last | median document length of the step
     data/doc_len_max | tokens | last | longest document of the step
+    data/epoch | 1 | last | passes over the documents that are complete
+    data/split_documents | 1 | last | documents cut in pieces since the start because they were too long
     data/truncated_tokens | tokens | last | tokens dropped since the start because a document was too long
     eval/loss | nats/token | last | held-out loss
     eval/ppl | 1 | last | exp of the held-out loss

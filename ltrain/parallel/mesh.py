@@ -8,10 +8,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
-from ltrain.config.base import ConfigError
 from ltrain.parallel import seam
+from ltrain.parallel.degrees import check_world
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,6 @@ class Mesh:
         return " x ".join(f"{axis.name} {axis.size}" for axis in axes) + f" = {self.world_size} ranks"
 
 
-def check_world(world_size: int, *, tensor: int, pipeline: int, context: int) -> int:
-    """The data-parallel degree. Raises ConfigError where the degrees do not multiply to the world size."""
-    product = tensor * pipeline * context
-    if world_size % product:
-        raise ConfigError(
-            "parallel.tensor x pipeline x context.degree",
-            f"{tensor} x {pipeline} x {context} = {product}",
-            f"must divide the world size {world_size}",
-            f"launch {product * max(1, world_size // product)} processes or change the degrees",
-        )
-    return world_size // product
-
-
 def init_process_group(timeout_s: float) -> None:
     """Join the default group from torchrun's environment, or a group of one: NCCL or, without a GPU, gloo."""
     if not seam.on_cpu():
@@ -87,6 +73,9 @@ def init_mesh(*, tensor: int = 1, pipeline: int = 1, context: int = 1, timeout_s
     """Build mcore's process groups over the initialised default group. Raises ConfigError on a wrong world
     size.
     """
+    # Here and not above, so that checking a configuration doesn't import mcore.
+    from megatron.core import parallel_state
+
     world_size = dist.get_world_size()
     check_world(world_size, tensor=tensor, pipeline=pipeline, context=context)
     if parallel_state.model_parallel_is_initialized():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ltrain.config.base import ConfigError
 from ltrain.config.parallel import ContextSection
 from ltrain.data.rows import Row
 from ltrain.parallel.mesh import Mesh
@@ -39,17 +38,3 @@ class StaticAssignment:
             )
             for row in rows[mesh.data.rank :: mesh.data.size]
         ]
-
-
-def rows_per_step(tokens_per_step: int, seq_len: int, data_size: int) -> int:
-    """Rows of one step. Raises ConfigError where they cannot be dealt evenly over the data axis."""
-    unit = seq_len * data_size
-    if tokens_per_step % unit:
-        lower = max(unit, tokens_per_step // unit * unit)
-        raise ConfigError(
-            "train.tokens_per_step",
-            tokens_per_step,
-            f"must be a multiple of train.seq_len x data-parallel degree = {seq_len} x {data_size} = {unit}",
-            f"use {lower}" + (f" or {lower + unit}" if lower + unit != lower else ""),
-        )
-    return tokens_per_step // seq_len

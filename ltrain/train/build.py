@@ -1,70 +1,42 @@
-"""Building a run: what can be checked without a process group first, then mesh, model, data, optimizer."""
+"""Building a run: mesh, data, model, optimizer, checkpoints."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from ltrain.attention import patterns
 from ltrain.attention.module import AttentionSettings, CoreAttention
 from ltrain.config.base import ConfigError
-from ltrain.config.model import HFModel
+from ltrain.config.model import LoraAdapter
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Corpus, Loader, held_out_rows, open_corpus
-from ltrain.data.tokenizer import Tokenizer, load_tokenizer
+from ltrain.data.tokenizer import Tokenizer
 from ltrain.model.build import build_model
-from ltrain.model.families import extend_rope, resolve_spec
+from ltrain.model.freeze import freeze_parameters
 from ltrain.model.language_model import LanguageModel
+from ltrain.model.lora import init_adapter
 from ltrain.model.spec import ModelSpec
-from ltrain.parallel.mesh import Mesh, check_world, init_mesh
-from ltrain.train.assignment import StaticAssignment, rows_per_step
+from ltrain.model.weights import import_model
+from ltrain.parallel import seam
+from ltrain.parallel.mesh import Mesh, init_mesh
+from ltrain.train.assignment import StaticAssignment
 from ltrain.train.checkpoint.manager import CheckpointManager
 from ltrain.train.evaluate import position_buckets
 from ltrain.train.optimizer import build_optimizer
+from ltrain.train.plan import check_run, run_folder
 from ltrain.train.run import Run
 from ltrain.train.step import wrap_ddp
 
 log = logging.getLogger("ltrain")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a configuration means before anything is started: the model, its degrees, the shape of a step."""
-
-    spec: ModelSpec
-    tokenizer: Tokenizer
-    data_size: int
-    rows: int
-
-
-def run_folder(config: RunConfig) -> Path:
-    return config.run.output / config.run.name
-
-
-def check_run(config: RunConfig, world_size: int) -> Plan:
-    """Check everything that needs no process group. Raises ConfigError."""
-    parallel = config.parallel
-    data_size = check_world(
-        world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context.degree
-    )
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    spec = resolve_spec(config.model, tokenizer_vocab_size=tokenizer.vocab_size)
-    spec = extend_rope(spec, config.rope, config.train.seq_len)
-    spec.check_parallel(tensor=parallel.tensor, pipeline=parallel.pipeline)
-    if isinstance(config.model, HFModel):
-        from ltrain.model.weights import check_weights
-
-        check_weights(spec)
-    rows = rows_per_step(config.train.tokens_per_step, config.train.seq_len, data_size)
-    return Plan(spec, tokenizer, data_size, rows)
-
-
-def build_run(config: RunConfig, *, world_size: int | None = None) -> Run:
+def build_run(config: RunConfig) -> Run:
     """Build all parts of a run on this rank, at step 0. Collective over the default group."""
     parallel, train = config.parallel, config.train
     plan = check_run(config, dist.get_world_size())
@@ -74,6 +46,8 @@ def build_run(config: RunConfig, *, world_size: int | None = None) -> Run:
         context=parallel.context.degree,
         timeout_s=train.timeout_s,
     )
+    with seam.cpu_seam():
+        model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
     corpus = open_corpus_once(config, plan.tokenizer)
     model = build_language_model(config, plan.spec, mesh)
     ddp = wrap_ddp(
@@ -111,6 +85,7 @@ def build_run(config: RunConfig, *, world_size: int | None = None) -> Run:
             timeout_s=train.timeout_s,
         ),
         tokenizer=plan.tokenizer,
+        source_rope=plan.source_rope,
     )
 
 
@@ -134,12 +109,18 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
     settings = AttentionSettings(
         rope=spec.rope,
         windows=spec.windows,
+        pattern=patterns.from_config(config.attention.pattern),
+        total_kv_heads=spec.num_kv_heads,
         schedule=config.parallel.context.schedule,
         tensor_rank=mesh.tensor.rank,
     )
+    lora = config.model.adapter if isinstance(config.model.adapter, LoraAdapter) else None
     model = build_model(
         spec,
+        lora=lora,
         core_attention=partial(CoreAttention, settings=settings),
+        model_class=LanguageModel,
+        real_vocab_size=spec.vocab_size,
         tensor=mesh.tensor.size,
         pipeline=mesh.pipeline.size,
         context=mesh.context.size,
@@ -148,14 +129,12 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
         pre_process=mesh.is_first_stage,
         post_process=mesh.is_last_stage,
         variable_seq_lengths=mesh.pipeline.size > 1,
-        model_class=LanguageModel,
-        real_vocab_size=spec.vocab_size,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         z_loss=config.train.z_loss,
     )
     model.to(mesh.device)
-    if isinstance(config.model, HFModel):
-        from ltrain.model.weights import import_model
-
-        import_model(model, spec, mesh)
+    import_model(model, spec, mesh, seed=config.run.seed)
+    if lora is not None:
+        init_adapter(model, spec, lora, mesh, seed=config.run.seed)
+    freeze_parameters(model, spec, config.model, mesh)
     return model

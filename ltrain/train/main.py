@@ -15,12 +15,14 @@ import torch.distributed as dist
 
 from ltrain.config.base import ConfigError
 from ltrain.config.schema import RunConfig
+from ltrain.data.loader import open_corpus
 from ltrain.parallel import seam
 from ltrain.parallel.mesh import init_process_group
-from ltrain.train.build import build_run, check_run
+from ltrain.train.build import build_run
 from ltrain.train.checkpoint.folder import CheckpointError
 from ltrain.train.checkpoint.manager import CheckpointManager
-from ltrain.train.run import Run, model_fingerprint, write_config
+from ltrain.train.plan import check_run, write_config
+from ltrain.train.run import Run, model_fingerprint
 from ltrain.train.signals import die_with_parent
 from ltrain.train.trainer import NonFinite, Trainer
 
@@ -37,9 +39,11 @@ def train(config: RunConfig) -> int:
     stopped on request. Input is checked before a process group starts.
     """
     die_with_parent()
-    check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     if int(os.environ.get("RANK", "0")):
         log.setLevel(logging.WARNING)
+    # Bad data is found, and new data tokenised (by one process; others wait), while no group can time out.
+    open_corpus(config.data, plan.tokenizer)
     init_process_group(config.train.timeout_s)
     try:
         return _train(config)
@@ -49,9 +53,8 @@ def train(config: RunConfig) -> int:
         log.error("%s", error)
         return EXIT_CHECKPOINT if isinstance(error, CheckpointError) else EXIT_RESOURCES
     except torch.OutOfMemoryError as error:
-        log.error(
-            "rank %d: out of device memory (%s). %s", dist.get_rank(), str(error).splitlines()[0], _LEVERS
-        )
+        reason = str(error).splitlines()[0]
+        log.error("rank %d: out of device memory (%s). %s", dist.get_rank(), reason, _LEVERS)
         return EXIT_RESOURCES
     except RuntimeError as error:
         if "can't allocate memory" in str(error):
@@ -66,8 +69,8 @@ def train(config: RunConfig) -> int:
 
 
 _LEVERS = (
-    "In this order: a higher memory.level, a larger parallel.context.degree, a smaller train.loss_chunk_tokens, "
-    "optimizer.kind=cpu_adam."
+    "In this order: a higher memory.level, a larger parallel.context.degree, a smaller "
+    "train.loss_chunk_tokens, optimizer.kind=cpu_adam."
 )
 
 
@@ -113,9 +116,13 @@ def restore(config: RunConfig, run: Run) -> None:
 
 def export_run(run: Run, folder: Path) -> None:
     """Write the model as a Hugging Face folder with its new context; collective."""
-    from ltrain.model.weights import export_model
+    from ltrain.config.model import LoraAdapter
+    from ltrain.model.weights import export_adapter, export_model
 
     export_model(run.model, run.spec, run.mesh, folder, tokenizer=run.tokenizer)
+    adapter = run.config.model.adapter
+    if isinstance(adapter, LoraAdapter) and not adapter.also_train:
+        export_adapter(run.model, run.spec, adapter, run.mesh, folder.with_name(f"{folder.name}-adapter"))
 
 
 def export(config: RunConfig, out: Path | None, step: int | None) -> int:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
+from ltrain.attention.rope import Rope
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Loader
 from ltrain.data.rows import Row
@@ -59,6 +59,7 @@ class Run:
     assignment: Assignment
     checkpoints: CheckpointManager
     tokenizer: Tokenizer
+    source_rope: Rope
     step: int = 0
     tokens: int = 0
     skipped_steps: int = 0
@@ -120,7 +121,8 @@ class Run:
             f"model {spec.family}, {spec.num_parameters / 1e6:,.1f} M parameters, {train.dtype}, "
             f"rope {config.rope.kind} at {train.seq_len} tokens",
             f"mesh {self.mesh.describe()} on {self.mesh.device.type}",
-            f"context parallelism: {context.schedule} exchange, {context.layout} layout, blocks of {context.block}",
+            f"context parallelism: {context.schedule} exchange, {context.layout} layout, "
+            f"blocks of {context.block}",
             f"{train.tokens_per_step} tokens a step = {train.seq_len} tokens a row x {micro} micro-batches x "
             f"{self.mesh.data.size} data-parallel ranks",
             f"steps {self.step} to {train.steps}, {len(self.held_out)} held-out rows",
@@ -174,12 +176,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+dirty" if changes.strip() else "")
-
-
-def write_config(config: RunConfig, folder: Path) -> None:
-    """Write the resolved configuration of the run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    temporary = folder / "config.yaml.tmp"
-    temporary.write_text(text)
-    temporary.replace(folder / "config.yaml")

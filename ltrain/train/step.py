@@ -79,7 +79,8 @@ def run_model(
                 if on_losses is not None:
                     on_losses(batch, output[1:].detach())
             count = torch.tensor(batch.num_targets, dtype=torch.int, device=mesh.device)
-            return output[0], count, {}
+            # A copy: mcore frees what a stage returns, and refuses to free a view.
+            return output[0].clone(), count, {}
 
         return output, loss
 

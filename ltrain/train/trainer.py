@@ -7,7 +7,6 @@ import math
 import statistics
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -98,11 +97,15 @@ class Trainer:
         )
 
     def evaluate(self) -> None:
-        """Log the held-out loss by position, if there is held-out text."""
+        """Log the held-out loss by position, if there is held-out text.
+
+        Before the first step the model is measured as it came, with its own rotary embedding.
+        """
         run = self.run
         if not run.held_out:
             return
-        outcome = evaluate(run.ddp, run.mesh, run.held_out, run.buckets, run.assignment)
+        rope = run.source_rope if run.step == 0 else None
+        outcome = evaluate(run.ddp, run.mesh, run.held_out, run.buckets, run.assignment, rope)
         self.measure.evaluation(outcome)
 
     def save(self, *, wait: bool = False) -> None:
@@ -117,7 +120,9 @@ class Trainer:
         run = self.run
         self.save(wait=True)
         if dist.get_rank() == 0:
-            (Path(run.folder) / "PREEMPTED").write_text(f"{run.step}\n")
+            for marker in (run.folder / "PREEMPTED", self.config.run.stop_marker):
+                if marker is not None:
+                    marker.write_text(f"{run.step}\n")
             log.info("stopped at step %d (%s); the same command continues it", run.step, reason)
         return EXIT_STOPPED
 

@@ -4,7 +4,9 @@ from ltrain.config.base import ConfigError
 from ltrain.config.load import Faults, load_config, parse_overrides, parse_yaml, validate
 
 GOOD = """
-model: {kind: new, hidden_size: 64, num_layers: 2, num_heads: 4, ffn_hidden_size: 128, max_position_embeddings: 128}
+model:
+  {kind: new, hidden_size: 64, num_layers: 2, num_heads: 4, ffn_hidden_size: 128, max_position_embeddings:
+  128}
 data: {sources: [{kind: text_tree, path: stdlib}]}
 train: {seq_len: 256, tokens_per_step: 1024}
 optimizer: {kind: adamw, lr: 1e-4}
@@ -33,10 +35,16 @@ def test_overrides_reach_nested_fields_and_switch_kinds(tmp_path):
 @pytest.mark.parametrize(
     "overrides,says",
     [
-        (["--train.sequence_len", "8"], "train.sequence_len=8 is not a known field; perhaps you meant train.seq_len"),
+        (
+            ["--train.sequence_len", "8"],
+            "train.sequence_len=8 is not a known field; perhaps you meant train.seq_len",
+        ),
         (["--trian.steps", "8"], "perhaps you meant train"),
         (["--optimizer.learning_rate", "1"], "optimizer.learning_rate=1 is not a known field"),
-        (["--optimizer.kind", "adamm"], "optimizer.kind='adamm' must be one of 'adamw', 'cpu_adam'; perhaps you"),
+        (
+            ["--optimizer.kind", "adamm"],
+            "optimizer.kind='adamm' must be one of 'adamw', 'cpu_adam'; perhaps you",
+        ),
         (["--train.seq_len", "-4"], "train.seq_len=-4 must be greater than 0"),
         (["--train.dtype", "fp8"], "train.dtype='fp8' must be 'fp32' or 'bf16'"),
         (["--train.tokens_per_step", "1000"], "must be a multiple of train.seq_len=256; use 768 or 1024"),
@@ -44,7 +52,10 @@ def test_overrides_reach_nested_fields_and_switch_kinds(tmp_path):
         (["--parallel.context.node_size", "2"], "must divide parallel.context.degree=1"),
         (["--schedule.warmup_steps", "1000"], "must not exceed train.steps=100"),
         (["--optimizer.lr", ".inf"], "optimizer.lr=inf must be"),
-        (["--data.sources", "[{kind: text_tree, path: x, globb: y}]"], "perhaps you meant data.sources[0].glob"),
+        (
+            ["--data.sources", "[{kind: text_tree, path: x, globb: y}]"],
+            "perhaps you meant data.sources[0].glob",
+        ),
     ],
 )
 def test_bad_values_say_field_value_rule_and_fix(tmp_path, overrides, says):

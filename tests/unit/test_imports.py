@@ -16,11 +16,10 @@ ALLOWED = {
     "model": {"config", "metrics", "parallel", "attention", "elimination"},
     "data": {"config", "metrics"},
     "sync": {"config", "metrics", "parallel"},
-    "train": {
-        "config", "metrics", "parallel", "planner", "attention", "elimination", "model", "data", "sync", "train",
-    },
+    "report": {"config", "metrics"},
     "eval": {"config", "metrics", "parallel", "attention", "model", "data"},
-}  # fmt: skip
+}
+ALLOWED["train"] = set(ALLOWED) - {"eval", "report"}
 # `ltrain env` and `ltrain report` read configurations; errors are configuration errors everywhere.
 BASE = "ltrain.config.base"
 

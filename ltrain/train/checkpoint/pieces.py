@@ -65,7 +65,7 @@ def _boxes(name: str, param: Tensor, mesh: Mesh) -> tuple[tuple[int, ...], tuple
 
 
 def _is_gated(name: str) -> bool:
-    return ".linear_fc1.weight" in name or ".linear_fc1.bias" in name
+    return any(f".linear_fc1.{part}" in name for part in ("weight", "bias", "lora_b"))
 
 
 def global_name(name: str, layer_offset: int, tied: bool) -> str:

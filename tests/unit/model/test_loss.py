@@ -71,7 +71,14 @@ def _sharded(rank, world_size):
     mine = weight.chunk(world_size)[rank].clone().requires_grad_()
     local = hidden.clone().requires_grad_()
     total, _ = chunked_cross_entropy(
-        local, mine, labels, group=dist.group.WORLD, vocab_start=rank * 26, vocab_size=50, chunk=10, z_loss=1e-3
+        local,
+        mine,
+        labels,
+        group=dist.group.WORLD,
+        vocab_start=rank * 26,
+        vocab_size=50,
+        chunk=10,
+        z_loss=1e-3,
     )
     total.backward()
     dist.all_reduce(local.grad)
