@@ -1,8 +1,8 @@
 """Forward kernel: one program holds a query tile (rows x packed heads) and streams its key blocks.
 
-Online softmax in base 2, fp32 accumulation. Partial blocks come first, in a loop of their own, so that the
-loop over full blocks has no mask, no position and no branch in it (FlashAttention-2, arXiv 2307.08691,
-section 3; block lists as in arXiv 2407.17678).
+Online softmax in base 2, fp32 accumulation (FlashAttention-2, arXiv 2307.08691, section 3; block lists as in
+arXiv 2407.17678). Full blocks come before partial ones: the mask is one branch, and with two loops the order
+decides whether the assembler keeps the matrix pipeline (docs/attention_kernels_gpu.md).
 """
 
 # ruff: noqa: SIM108 - an `if` on a constexpr chooses what is compiled; it reads better as a branch.
