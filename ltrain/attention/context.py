@@ -28,6 +28,7 @@ class AttentionContext(PackedSeqParams):
     rank: int = 0
     rope_positions: Tensor | None = None
     doc_ids: Tensor | None = None
+    rope_tables: tuple[Tensor, Tensor] | None = None
     node_size: int | None = None
     densities: dict[int, float] = field(default_factory=dict)
     _cache: dict[Any, Any] = field(default_factory=dict)

@@ -71,7 +71,9 @@ class CoreAttention(nn.Module):
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         positions = context.rope_positions
         rope = self.settings.rope
-        cos, sin = context.cached("rope", lambda: rope.tables(positions, device=query.device))
+        if context.rope_tables is None:
+            context.rope_tables = rope.tables(positions, device=query.device)
+        cos, sin = context.rope_tables
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         index = self._index(q, k, context)
         out, _ = context_parallel_attention(

@@ -215,7 +215,7 @@ def _new_named_group(ranks: list[int], name: str, backend: str) -> Any:
     from torch.distributed import distributed_c10d
 
     naming = distributed_c10d._process_group_name
-    distributed_c10d._process_group_name = lambda ranks, use_hashed_name: name
+    distributed_c10d._process_group_name = lambda ranks, use_hashed_name: name  # type: ignore
     try:
         return dist.new_group(ranks, backend=backend, use_local_synchronization=True, sort_ranks=False)
     finally:
@@ -236,6 +236,7 @@ def channel(group: Group, purpose: str, members: Sequence[int] | None = None) ->
     if len(ranks) == 1:
         return Channel(None, ranks, 0)
     parent = group if group is not None else dist.group.WORLD
+    assert parent is not None
     known = _communicators.setdefault(parent, {})
     if (purpose, ranks) not in known:
         name = f"{parent.group_name}/{purpose}/{'-'.join(map(str, ranks))}"

@@ -58,12 +58,14 @@ class Trainer:
                     if run.checkpoints.failure and config.checkpoint.on_full_disk == "stop":
                         log.error("stopping: a checkpoint could not be written (%s)", run.checkpoints.failure)
                         return EXIT_RESOURCES
+            run.replicas.finish()
             if config.eval.at_end and (run.step > 0 or not config.eval.at_start):
                 self.evaluate()
             self.save(wait=True)
             return EXIT_DONE
         finally:
             run.checkpoints.wait()
+            run.replicas.close()
             self.measure.close()
             self.stop.restore()
 
@@ -85,6 +87,8 @@ class Trainer:
             with timers.phase("optimizer"):
                 outcome = optimizer_step(run.optimizer, config.optimizer.max_grad_norm)
         run.step += 1
+        with timers.phase("sync", host=True):
+            report = run.replicas.after_step(run.step)
         run.tokens += config.train.tokens_per_step
         self._guard(result.loss, outcome.skipped)
         self.measure.step(
@@ -94,14 +98,19 @@ class Trainer:
             outcome=outcome,
             lr=lr,
             seconds=time.perf_counter() - began,
+            sync=report,
         )
 
     def evaluate(self) -> None:
-        """Log the held-out loss by position, if there is held-out text."""
+        """Log the held-out loss by position, if there is held-out text.
+
+        Before the first step the model is measured as it came, with its own rotary embedding.
+        """
         run = self.run
         if not run.held_out:
             return
-        outcome = evaluate(run.ddp, run.mesh, run.held_out, run.buckets, run.assignment)
+        rope = run.source_rope if run.step == 0 else None
+        outcome = evaluate(run.ddp, run.mesh, run.held_out, run.buckets, run.assignment, rope)
         self.measure.evaluation(outcome)
 
     def save(self, *, wait: bool = False) -> None:
