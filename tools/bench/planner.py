@@ -127,16 +127,16 @@ def solvers() -> None:
 
 
 def seconds() -> None:
-    """CPU seconds of planning 512 sequences on 64 devices, on one core: all batches, median of five."""
+    """CPU seconds of planning 512 sequences on 64 devices, on one core: all batches, median of three runs each."""
     cluster, cost = paper_cluster(), MODEL.cost()
     plan_batch(mix("wikipedia").draw(64, CAP, 0), cluster, cost)
     head("mix", "median s", "worst s", "batches")
     for name in MIXES:
         batches = []
-        for seed in range(8):
+        for seed in range(5):
             lengths = mix(name).draw(512, CAP, seed)
             times = []
-            for _ in range(5):
+            for _ in range(3):
                 began = time.process_time()
                 plan_batch(lengths, cluster, cost)
                 times.append(time.process_time() - began)
