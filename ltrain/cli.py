@@ -44,6 +44,13 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
     return export(_config(args, overrides), args.out, args.step)
 
 
+def _report(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.report.write import print_report
+
+    _none(overrides)
+    return print_report(args.runs, args.out)
+
+
 def _env(args: argparse.Namespace, overrides: list[str]) -> int:
     from ltrain.metrics.environment import print_environment
 
@@ -79,6 +86,10 @@ def parser() -> argparse.ArgumentParser:
     export = add("export", _export, "Write a checkpoint of a run as a Hugging Face folder.")
     export.add_argument("--out", type=Path, default=None, help="folder to write (default: RUN/hf)")
     export.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
+    text = "Write report.html and plots of one run, or of several beside one another."
+    report = add("report", _report, text, config=False)
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, outputs/NAME")
+    report.add_argument("--out", type=Path, default=None, help="folder to write to (default: the first RUN)")
     add("env", _env, "Versions, devices and which kernels are usable and why not.", config=False)
     return top
 

@@ -70,7 +70,7 @@ class ClosedIndex(BlockIndex):
         return first, sinks, torch.where(stride > 0, strided, 0), low, step
 
     def _column_length(self, h: Tensor, j: Tensor) -> Tensor:
-        """Column j is seen by rows j, j + 1, ...: to the end if it is a sink or strided, else `local` rows."""
+        """Column j is seen by rows j, j + 1, ... to the end if a sink or strided, else by `local` rows."""
         local, sinks, stride, residue = self.params.to(torch.int64)[h].unbind(-1)
         forever = (j < sinks) | ((stride > 0) & (torch.remainder(j, stride.clamp(min=1)) == residue))
         rest = self.num_rows - j

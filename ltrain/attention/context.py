@@ -28,8 +28,9 @@ class AttentionContext(PackedSeqParams):
     rank: int = 0
     rope_positions: Tensor | None = None
     doc_ids: Tensor | None = None
+    rope_tables: tuple[Tensor, Tensor] | None = None
     node_size: int | None = None
-    observer: Any = None
+    densities: dict[int, float] = field(default_factory=dict)
     _cache: dict[Any, Any] = field(default_factory=dict)
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:

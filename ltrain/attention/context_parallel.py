@@ -118,7 +118,7 @@ class _Attention(torch.autograd.Function):
         return *grads, None
 
 
-_MAX_PLANS = 64
+_MAX_PLANS = 8
 _plans: OrderedDict[tuple[Any, ...], tuple[tuple[Any, ...], Schedule]] = OrderedDict()
 
 

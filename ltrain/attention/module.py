@@ -11,18 +11,24 @@ from torch import Tensor, nn
 
 from ltrain.attention.context import AttentionContext
 from ltrain.attention.context_parallel import context_parallel_attention
+from ltrain.attention.patterns import Pattern
 from ltrain.attention.rope import Rope, apply_rope
-from ltrain_kernels.block_sparse import closed
+from ltrain.attention.select import select_index
+from ltrain_kernels.block_sparse import BlockIndex
 
 # T tokens, B batch, N query heads, K kv heads, D head dim, all of this rank.
 
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What every layer's attention shares. `windows` holds one sliding window, or None, for each layer."""
+    """What every layer's attention shares. `windows` holds the model's own sliding window, or None, for each
+    layer; `tensor_rank` and `total_kv_heads` make the heads' numbers global under tensor parallelism.
+    """
 
     rope: Rope
     windows: tuple[int | None, ...]
+    pattern: Pattern
+    total_kv_heads: int
     schedule: str = "auto"
     tensor_rank: int = 0
 
@@ -65,7 +71,9 @@ class CoreAttention(nn.Module):
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         positions = context.rope_positions
         rope = self.settings.rope
-        cos, sin = context.cached("rope", lambda: rope.tables(positions, device=query.device))
+        if context.rope_tables is None:
+            context.rope_tables = rope.tables(positions, device=query.device)
+        cos, sin = context.rope_tables
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         index = self._index(q, k, context)
         out, _ = context_parallel_attention(
@@ -83,7 +91,36 @@ class CoreAttention(nn.Module):
         )
         return out.transpose(0, 1).flatten(2)
 
-    def _index(self, q: Tensor, k: Tensor, context: AttentionContext) -> Any:
-        layout = context.layout
+    def _index(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndex:
+        """The blocks to attend over the whole sequence, equal on all ranks of the group."""
+        settings, layout = self.settings, context.layout
         assert layout is not None
-        return context.cached("dense", lambda: closed.dense(layout.num_tokens, layout.block))
+        pattern, num_layers = settings.pattern, len(settings.windows)
+        heads = {
+            "layer": self.layer,
+            "num_layers": num_layers,
+            "kv_head_offset": settings.tensor_rank * k.shape[2],
+            "total_kv_heads": settings.total_kv_heads,
+            "doc_ids": context.doc_ids,
+        }
+        dense = pattern.is_dense_layer(self.layer, num_layers)
+        if pattern.static or dense:
+            index = context.cached(
+                ("index", dense),
+                lambda: pattern.index(
+                    num_tokens=layout.num_tokens,
+                    num_heads=q.shape[2],
+                    num_kv_heads=k.shape[2],
+                    block=layout.block,
+                    device=q.device,
+                    **heads,
+                ),
+            )
+        else:
+            index = select_index(pattern, q.detach(), k.detach(), layout=layout, group=context.group, **heads)
+        if pattern.kind != "dense":
+            context.densities[self.layer] = context.cached(
+                ("density", id(index)),
+                lambda: pattern.density(index, num_tokens=layout.num_tokens, doc_ids=context.doc_ids),
+            )
+        return index

@@ -174,12 +174,12 @@ def _explain(item: Any) -> ConfigError:
     return ConfigError(field, value, f"must be {message}" if message != item["msg"] else item["msg"])
 
 
-def _models_of(annotation: Any) -> list[type[BaseModel]]:
+def section_classes(annotation: Any) -> list[type[BaseModel]]:
     """Every section class that an annotation can hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple, list, dict):
-        return [model for part in typing.get_args(annotation) for model in _models_of(part)]
+        return [model for part in typing.get_args(annotation) for model in section_classes(part)]
     return []
 
 
@@ -205,7 +205,7 @@ def _walk(location: list[str | int]) -> tuple[list[type[BaseModel]], list[str]]:
                     m
                     for model in models
                     if part in model.model_fields
-                    for m in _models_of(model.model_fields[part].rebuild_annotation())
+                    for m in section_classes(model.model_fields[part].rebuild_annotation())
                 ]
     return models, names
 

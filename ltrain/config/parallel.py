@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 
 from ltrain.config.base import Section
+from ltrain.config.patterns import DenseFields, PatternConfig
 
 
 class ContextSection(Section):
@@ -38,5 +39,5 @@ class ParallelSection(Section):
 
 
 class AttentionSection(Section):
-    backend: Literal["auto", "reference", "cpu", "triton", "sdpa"] = Field("auto")
-    """Kernel of the local attention; `auto` takes the fastest that serves the pattern on this device."""
+    pattern: PatternConfig = DenseFields()
+    """Which keys a query attends; dense by default."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ltrain.config.base import ConfigError, Section
 from ltrain.config.data import DataConfig
@@ -36,9 +36,9 @@ class RunConfig(Section):
     """What to train on."""
     train: TrainSection = TrainSection()
     """How long and at what context."""
-    optimizer: OptimizerConfig = Field(default_factory=AdamW)
+    optimizer: OptimizerConfig = AdamW()
     """The optimizer."""
-    schedule: ScheduleConfig = Field(default_factory=CosineSchedule)
+    schedule: ScheduleConfig = CosineSchedule()
     """The learning rate over the steps."""
     parallel: ParallelSection = ParallelSection()
     """How the work is laid over devices."""
@@ -87,6 +87,13 @@ def check_sections(config: RunConfig) -> None:
             "schedule.warmup_steps",
             config.schedule.warmup_steps,
             f"must not exceed train.steps={train.steps}",
+        )
+    if config.attention.pattern.kind in ("seer_gate", "nsa"):
+        raise ConfigError(
+            "attention.pattern.kind",
+            config.attention.pattern.kind,
+            "has weights of its own, which the trainer doesn't train yet",
+            "use it from ltrain.attention.patterns, or take vertical_slash, xattention or block_topk",
         )
     node_size = parallel.context.node_size
     if node_size is not None and parallel.context.degree % node_size:

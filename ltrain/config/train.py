@@ -11,7 +11,7 @@ from ltrain.config.base import Section
 
 
 class RunSection(Section):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name of the run; its files go to `output/name`."""
     output: Path = Path("outputs")
     """Folder that holds the runs."""
@@ -85,7 +85,7 @@ class ConstantSchedule(_Warmup):
 
 
 class _Decay(_Warmup):
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Final learning rate as a fraction of the peak."""
 
 

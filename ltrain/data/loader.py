@@ -79,6 +79,15 @@ class Loader:
         self._state = self._snapshot()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data") if prefetch else None
         self._pending: Future[tuple[Step, dict[str, Any]]] | None = None
+        for store in corpus.stores:
+            facts = store.facts
+            log.info(
+                "data %s: %d documents, %d tokens, %d bad files or records left out",
+                facts["source"],
+                facts["documents"],
+                facts["tokens"],
+                facts["left_out"],
+            )
         for upper, documents, tokens in corpus.histogram():
             log.info("documents up to %7d tokens: %7d, %10d tokens", upper, documents, tokens)
 

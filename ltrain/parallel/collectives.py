@@ -205,6 +205,23 @@ class Channel:
 _communicators: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
 
 
+def _new_named_group(ranks: list[int], name: str, backend: str) -> Any:
+    """A process group that only its members create, under a name that they agree on.
+
+    torch names such a group by the number of groups that the calling rank has joined so far. Members that
+    joined different numbers of groups, pipeline stages for one, would wait for each other under different
+    names for ever.
+    """
+    from torch.distributed import distributed_c10d
+
+    naming = distributed_c10d._process_group_name
+    distributed_c10d._process_group_name = lambda ranks, use_hashed_name: name  # type: ignore
+    try:
+        return dist.new_group(ranks, backend=backend, use_local_synchronization=True, sort_ranks=False)
+    finally:
+        distributed_c10d._process_group_name = naming
+
+
 def channel(group: Group, purpose: str, members: Sequence[int] | None = None) -> Channel:
     """A communicator of its own for `purpose` over `members` of `group` (all of them by default), made once.
 
@@ -219,12 +236,11 @@ def channel(group: Group, purpose: str, members: Sequence[int] | None = None) ->
     if len(ranks) == 1:
         return Channel(None, ranks, 0)
     parent = group if group is not None else dist.group.WORLD
+    assert parent is not None
     known = _communicators.setdefault(parent, {})
     if (purpose, ranks) not in known:
-        known[purpose, ranks] = dist.new_group(
-            [dist.get_global_rank(parent, rank) for rank in ranks],
-            backend=dist.get_backend_config(parent),
-            use_local_synchronization=True,
-            sort_ranks=False,
+        name = f"{parent.group_name}/{purpose}/{'-'.join(map(str, ranks))}"
+        known[purpose, ranks] = _new_named_group(
+            [dist.get_global_rank(parent, rank) for rank in ranks], name, dist.get_backend_config(parent)
         )
     return Channel(known[purpose, ranks], ranks, ranks.index(me))

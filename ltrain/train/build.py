@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from ltrain.attention import patterns
 from ltrain.attention.module import AttentionSettings, CoreAttention
 from ltrain.config.base import ConfigError
 from ltrain.config.model import LoraAdapter
@@ -84,6 +85,7 @@ def build_run(config: RunConfig) -> Run:
             timeout_s=train.timeout_s,
         ),
         tokenizer=plan.tokenizer,
+        source_rope=plan.source_rope,
     )
 
 
@@ -107,6 +109,8 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
     settings = AttentionSettings(
         rope=spec.rope,
         windows=spec.windows,
+        pattern=patterns.from_config(config.attention.pattern),
+        total_kv_heads=spec.num_kv_heads,
         schedule=config.parallel.context.schedule,
         tensor_rank=mesh.tensor.rank,
     )

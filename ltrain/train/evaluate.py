@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ltrain.attention.rope import Rope
 from ltrain.data.rows import IGNORE, Row
 from ltrain.parallel.mesh import Mesh
 from ltrain.train.assignment import Assignment
@@ -53,9 +54,16 @@ class Evaluation:
 
 
 def evaluate(
-    ddp: Any, mesh: Mesh, rows: Sequence[Row], ends: tuple[int, ...], assignment: Assignment
+    ddp: Any,
+    mesh: Mesh,
+    rows: Sequence[Row],
+    ends: tuple[int, ...],
+    assignment: Assignment,
+    rope: Rope | None = None,
 ) -> Evaluation:
     """Run the rows forward, dealt over the data axis, and bucket every target's loss by its position.
+
+    `rope` takes the place of the model's rotary embedding, to measure a model as it was before the run.
 
     Rows that do not divide over the data axis are completed with empty targets, so that all ranks run alike.
     """
@@ -75,6 +83,8 @@ def evaluate(
     with torch.no_grad():
         for start in range(0, len(padded), mesh.data.size):
             batches = assignment.batches(padded[start : start + mesh.data.size])
+            for batch in batches if rope is not None else ():
+                batch.context.rope_tables = rope.tables(batch.positions, device=mesh.device)
             run_model(ddp, mesh, batches, train=False, on_losses=add)
     ddp.train(was_training)
     if mesh.pipeline.size > 1:

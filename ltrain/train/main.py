@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ltrain.config.base import ConfigError
 from ltrain.config.schema import RunConfig
+from ltrain.data.loader import open_corpus
 from ltrain.parallel import seam
 from ltrain.parallel.mesh import init_process_group
 from ltrain.train.build import build_run
@@ -38,9 +39,11 @@ def train(config: RunConfig) -> int:
     stopped on request. Input is checked before a process group starts.
     """
     die_with_parent()
-    check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     if int(os.environ.get("RANK", "0")):
         log.setLevel(logging.WARNING)
+    # Bad data is found, and new data tokenised (by one process; others wait), while no group can time out.
+    open_corpus(config.data, plan.tokenizer)
     init_process_group(config.train.timeout_s)
     try:
         return _train(config)

@@ -87,7 +87,13 @@ class Measure:
         metrics.pop("balance/compute", None)
         world = run.mesh.world_size
         lengths = [n for row in data.rows for n in row.document_lengths]
-        flops = step_flops(run.spec, lengths)
+        found = [batch.context.densities for batch in batches if batch.context.densities]
+        densities = (
+            [sum(d.get(i, 1.0) for d in found) / len(found) for i in range(run.spec.num_layers)]
+            if found
+            else None
+        )
+        flops = step_flops(run.spec, lengths, densities=densities)
         tflops = flops.model / seconds / world / 1e12
         metrics |= {
             "train/loss": result.loss,
@@ -105,6 +111,8 @@ class Measure:
             "balance/compute_max_over_mean": compute[0] / compute[1] if compute[1] else 1.0,
             **data.stats,
         }
+        if densities is not None:
+            metrics["sparse/density"] = sum(densities) / len(densities)
         if self.peak is not None:
             metrics["perf/mfu"] = tflops / self.peak
         self.sinks.write(run.step, metrics)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from ltrain.attention.rope import Rope
 from ltrain.config.schema import RunConfig
 from ltrain.data.tokenizer import Tokenizer, load_tokenizer
 from ltrain.model.families import extend_rope, resolve_spec
@@ -24,6 +25,7 @@ class Plan:
     tokenizer: Tokenizer
     data_size: int
     rows: int
+    source_rope: Rope
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -38,13 +40,14 @@ def check_run(config: RunConfig, world_size: int) -> Plan:
     )
     tokenizer = load_tokenizer(config.data.tokenizer)
     spec = resolve_spec(config.model, tokenizer_vocab_size=tokenizer.vocab_size)
+    source_rope = spec.rope
     spec = extend_rope(spec, config.rope, config.train.seq_len)
     spec.check_parallel(tensor=parallel.tensor, pipeline=parallel.pipeline)
     frozen_tensors(spec, config.model)
     if spec.source is not None:
         check_weights(spec)
     rows = rows_per_step(config.train.tokens_per_step, config.train.seq_len, data_size)
-    return Plan(spec, tokenizer, data_size, rows)
+    return Plan(spec, tokenizer, data_size, rows, source_rope)
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ltrain.attention.rope import Rope
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Loader
 from ltrain.data.rows import Row
@@ -58,6 +59,7 @@ class Run:
     assignment: Assignment
     checkpoints: CheckpointManager
     tokenizer: Tokenizer
+    source_rope: Rope
     step: int = 0
     tokens: int = 0
     skipped_steps: int = 0

@@ -97,11 +97,15 @@ class Trainer:
         )
 
     def evaluate(self) -> None:
-        """Log the held-out loss by position, if there is held-out text."""
+        """Log the held-out loss by position, if there is held-out text.
+
+        Before the first step the model is measured as it came, with its own rotary embedding.
+        """
         run = self.run
         if not run.held_out:
             return
-        outcome = evaluate(run.ddp, run.mesh, run.held_out, run.buckets, run.assignment)
+        rope = run.source_rope if run.step == 0 else None
+        outcome = evaluate(run.ddp, run.mesh, run.held_out, run.buckets, run.assignment, rope)
         self.measure.evaluation(outcome)
 
     def save(self, *, wait: bool = False) -> None:

@@ -32,12 +32,12 @@ WORDS = [
 ]
 
 
-def write_text(folder: Path, documents: int = 24, seed: int = 0) -> Path:
+def write_text(folder: Path, documents: int = 60, seed: int = 0) -> Path:
     """A folder of text files of uneven lengths."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(documents):
-        length = int(rng.lognormal(3.5, 0.9)) + 3
+        length = int(rng.lognormal(2.3, 0.9)) + 2
         (folder / f"doc{i:03d}.py").write_text(" ".join(rng.choice(WORDS, length)))
     return folder
 

@@ -5,7 +5,8 @@ from ltrain.config.load import Faults, load_config, parse_overrides, parse_yaml,
 
 GOOD = """
 model:
-  {kind: new, hidden_size: 64, num_layers: 2, num_heads: 4, ffn_hidden_size: 128, max_position_embeddings: 128}
+  {kind: new, hidden_size: 64, num_layers: 2, num_heads: 4, ffn_hidden_size: 128, max_position_embeddings:
+  128}
 data: {sources: [{kind: text_tree, path: stdlib}]}
 train: {seq_len: 256, tokens_per_step: 1024}
 optimizer: {kind: adamw, lr: 1e-4}

@@ -16,9 +16,10 @@ ALLOWED = {
     "model": {"config", "metrics", "parallel", "attention", "elimination"},
     "data": {"config", "metrics"},
     "sync": {"config", "metrics", "parallel"},
+    "report": {"config", "metrics"},
     "eval": {"config", "metrics", "parallel", "attention", "model", "data"},
 }
-ALLOWED["train"] = set(ALLOWED) - {"eval"}
+ALLOWED["train"] = set(ALLOWED) - {"eval", "report"}
 # `ltrain env` and `ltrain report` read configurations; errors are configuration errors everywhere.
 BASE = "ltrain.config.base"
 

@@ -1,0 +1,1 @@
+"""One attention pattern a file."""

@@ -1,0 +1,211 @@
+"""Native sparse attention: compressed, selected and window branches, gated (arXiv 2502.11089, section 3).
+
+Differences from the paper, so that it can start from a dense checkpoint and run in blocks: a block of
+queries shares its selection; compressed keys don't overlap (they never straddle blocks, so a shard makes
+them by itself) and are learned weighted means; gates come from the query, are `initial + tanh(q . w)` with
+w zero at first, so that the default starts as the selected branch alone, which with `top_k` of all blocks
+is dense attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ltrain.attention.patterns.base import Capabilities, DynamicPattern, Selection, Shape
+from ltrain.attention.patterns.documents import Documents, documents_of
+from ltrain.attention.patterns.exchange import Gather, Place, Steps, alone
+from ltrain.attention.patterns.kinds.sliding_window import SlidingWindow
+from ltrain.attention.patterns.pooling import forced_columns, in_blocks, keep_top_k, run_exists, valid_tokens
+from ltrain.attention.patterns.rows import from_bits, pack_bits
+from ltrain.attention.patterns.verticals import NEVER
+from ltrain.config.base import ConfigError
+from ltrain.config.patterns import NsaFields
+from ltrain_kernels.block_sparse import BlockIndex, block_sparse_attention
+
+Attend = Callable[[Tensor, Tensor, Tensor, BlockIndex], Tensor]
+
+
+class Nsa(NsaFields, DynamicPattern):
+    """Selects the diagonal, nearest and first blocks and the best others by attention to the compressed
+    keys.
+
+    Importance is the softmax over compressed keys of earlier blocks, summed over the row's queries, the
+    heads of the group and the block's compressed keys (paper, equations 8-10). Head axis Hkv. Two
+    collectives: compressed keys, then the rows' choices. `NsaBranches` computes the attention.
+    """
+
+    capabilities: ClassVar[Capabilities] = Capabilities(True, True, True, "Hkv", collectives=2, learned=True)
+
+    def make_module(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> NsaBranches:
+        return NsaBranches(self, num_heads, num_kv_heads, head_dim)
+
+    def steps(
+        self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None = None
+    ) -> Steps:
+        if not isinstance(module, NsaBranches):
+            raise ConfigError(
+                "module", type(module).__name__, "must be the pattern's NsaBranches", "use make_module"
+            )
+        if shape.block % self.compress:
+            raise ConfigError(
+                "attention.pattern.compress", self.compress, f"must divide the block of {shape.block} tokens"
+            )
+        docs = shape.documents
+        keys = module.compressed(k, module.key_weight, place, docs).detach()
+        keys = yield Gather(keys.transpose(0, 1).contiguous(), place.block_owner)
+        exists = run_exists(docs, self.compress, keys=True).to(q.device)
+        group = shape.num_heads // shape.num_kv_heads
+        queries = in_blocks(q, place).float() * q.shape[-1] ** -0.5
+        valid = valid_tokens(docs, place.blocks, keys=False).to(q.device)
+        batch, heads = q.shape[0], shape.num_kv_heads
+        rows = torch.zeros(
+            len(place.blocks), batch, heads, docs[0].num_blocks, dtype=torch.bool, device=q.device
+        )
+        for i, row in enumerate(place.blocks.tolist()):
+            for b in range(batch):
+                own = docs[b if len(docs) > 1 else 0]
+                low = int(own.low[row])
+                asked = queries[b, i].unflatten(1, (heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
+                counted = valid[b if len(valid) > 1 else 0, i].repeat(group)
+                score = _importance(
+                    asked, counted, keys[low:row, b], exists[low:row, b if len(docs) > 1 else 0]
+                )
+                forced = [c - low for c in forced_columns(row, own, self.sink_blocks, self.local_blocks)]
+                rows[i, b, :, low : row + 1] = keep_top_k(score, forced, self.top_k)
+        packed = yield Gather(pack_bits(rows.flatten(1, 2)), place.block_owner)
+        return Selection(from_bits(packed, batch, heads, shape.block))
+
+
+def _importance(queries: Tensor, counted: Tensor, keys: Tensor, exists: Tensor) -> Tensor:
+    """[Hkv, C + 1] (the diagonal last, 0) from queries [Hkv, M, D], counted [M], keys [C, runs, Hkv, D],
+    exists [C, runs].
+    """
+    blocks, runs, heads, _ = keys.shape
+    logits = torch.bmm(queries, keys.float().permute(2, 3, 0, 1).flatten(2))
+    logits = logits.masked_fill(~exists.flatten(), -torch.inf)
+    share = logits.softmax(-1).nan_to_num(0.0) * counted[:, None]
+    return torch.nn.functional.pad(share.sum(1).view(heads, blocks, runs).sum(-1), (0, 1))
+
+
+class NsaBranches(nn.Module):
+    """The three branches of one layer and their gates."""
+
+    def __init__(self, pattern: Nsa, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.key_weight = nn.Parameter(torch.zeros(num_kv_heads, pattern.compress))
+        self.value_weight = nn.Parameter(torch.zeros(num_kv_heads, pattern.compress))
+        self.gate_weight = nn.Parameter(torch.zeros(num_heads, head_dim, 3))
+
+    def compressed(self, x: Tensor, weight: Tensor, place: Place, documents: list[Documents]) -> Tensor:
+        """Weighted means over runs of `compress` tokens of a block's last document: [B, n, runs, Hkv, D],
+        x's dtype.
+        """
+        run = self.pattern.compress
+        runs = place.block // run
+        valid = valid_tokens(documents, place.blocks, keys=True).to(x.device).unflatten(2, (runs, run))
+        share = weight.float().softmax(-1).T * valid[..., None]
+        share = share / share.sum(3, keepdim=True).clamp(min=1e-20)
+        cut = in_blocks(x, place).unflatten(2, (runs, run)).float()
+        return (cut * share[..., None]).sum(3).to(x.dtype)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: BlockIndex,
+        *,
+        num_tokens: int | None = None,
+        doc_ids: Tensor | None = None,
+        place: Place | None = None,
+        attend: Attend | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Gated sum of the branches, [B, T_local, Hq, Dv].
+
+        q [B, T_local, Hq, D], k and v [B, T_local, Hkv, .]: the tokens of `place` (by default the whole
+        sequence). `index` is the selection over the whole sequence, `doc_ids` its documents. On several
+        ranks pass `num_tokens`, `place`, `attend(q, k, v, index) -> out` (the context-parallel attention)
+        and a differentiable `gather(x [B, n, runs, Hkv, D]) -> [B, N, runs, Hkv, D]` of all ranks' blocks
+        in document order.
+        """
+        block, num_tokens = index.block_q, num_tokens or q.shape[1]
+        place = place or alone(num_tokens, block)
+        documents = documents_of(doc_ids, num_tokens, block)
+        position, query_doc = _own_tokens(place, num_tokens, doc_ids, q.device)
+        if attend is None:
+            attend = _local_attention(position, query_doc)
+        window = SlidingWindow(window=self.pattern.window).index(
+            num_tokens=num_tokens,
+            num_kv_heads=k.shape[2],
+            num_heads=q.shape[2],
+            block=block,
+            doc_ids=doc_ids,
+            device=q.device,
+        )
+        selected, near = attend(q, k, v, index), attend(q, k, v, window)
+        keys = self.compressed(k, self.key_weight, place, documents)
+        values = self.compressed(v, self.value_weight, place, documents)
+        if gather is not None:
+            keys, values = gather(keys), gather(values)
+        key_pos, key_doc = self._compressed_tokens(documents, doc_ids, q.device)
+        far, _ = block_sparse_attention(
+            q, keys.flatten(1, 2), values.flatten(1, 2), self._compressed_index(place, num_tokens, q.device),
+            q_pos=position, k_pos=key_pos, q_doc=query_doc, k_doc=key_doc,
+        )  # fmt: skip
+        gates = (
+            q.new_tensor(self.pattern.initial_gates)
+            + torch.einsum("bthd,hdg->bthg", q, self.gate_weight.to(q.dtype)).tanh()
+        )
+        g_far, g_selected, g_near = gates.unsqueeze(-1).unbind(3)
+        return g_far * far + g_selected * selected + g_near * near
+
+    def _compressed_tokens(
+        self, documents: list[Documents], doc_ids: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Position (its last token; after everything where the run is empty) and document of every
+        compressed key.
+        """
+        docs, run = documents[0], self.pattern.compress
+        blocks = np.arange(docs.num_blocks)
+        runs = run_exists(documents, run, keys=True).transpose(0, 1).flatten(1)
+        last = torch.arange(1, runs.shape[1] + 1) * run - 1
+        position = torch.where(runs, last, NEVER).to(device, torch.int32)
+        if doc_ids is None:
+            return position[0], None
+        end = torch.from_numpy(np.minimum((blocks + 1) * docs.block, docs.num_tokens) - 1).to(doc_ids.device)
+        key_doc = doc_ids.index_select(-1, end).repeat_interleave(docs.block // run, dim=-1).to(device)
+        return (position[0] if doc_ids.dim() == 1 else position), key_doc
+
+    def _compressed_index(self, place: Place, num_tokens: int, device: torch.device) -> BlockIndex:
+        """Own query blocks by blocks of compressed keys that hold one in the past."""
+        num_keys = len(place.block_owner) * place.block // self.pattern.compress
+        columns = -(-num_keys // place.block)
+        first_end = (np.arange(columns) * place.block + 1) * self.pattern.compress - 1
+        last_query = np.minimum((place.blocks + 1) * place.block, num_tokens) - 1
+        mask = torch.from_numpy(first_end[None] <= last_query[:, None]).to(device)
+        return BlockIndex.from_mask(mask[None, None], place.block, place.block)
+
+
+def _own_tokens(
+    place: Place, num_tokens: int, doc_ids: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    token = (place.blocks[:, None] * place.block + np.arange(place.block)).reshape(-1)
+    position = torch.from_numpy(token[token < num_tokens]).to(device)
+    docs = None if doc_ids is None else doc_ids.to(device).index_select(-1, position)
+    return position.to(torch.int32), docs
+
+
+def _local_attention(position: Tensor, docs: Tensor | None) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> Tensor:
+        return block_sparse_attention(q, k, v, index, q_pos=position, k_pos=position, q_doc=docs, k_doc=docs)[
+            0
+        ]
+
+    return attend
