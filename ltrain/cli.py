@@ -58,6 +58,13 @@ def _env(args: argparse.Namespace, overrides: list[str]) -> int:
     return print_environment()
 
 
+def _rendezvous(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.sync import serve
+
+    serve(_config(args, overrides).sync).wait()
+    return 0
+
+
 def _none(overrides: list[str]) -> None:
     if overrides:
         raise ConfigError("command line", " ".join(overrides), "is not known to this command")
@@ -90,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     report = add("report", _report, text, config=False)
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, outputs/NAME")
     report.add_argument("--out", type=Path, default=None, help="folder to write to (default: the first RUN)")
+    add("sync-rendezvous", _rendezvous, "Serve the meeting point of a run's replicas (section sync).")
     add("env", _env, "Versions, devices and which kernels are usable and why not.", config=False)
     return top
 

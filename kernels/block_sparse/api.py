@@ -121,6 +121,8 @@ def attention_backward(
 def attention_delta(out: Tensor, dout: Tensor, dlse: Tensor | None = None) -> Tensor:
     """Sum over Dv of out * dout, less the gradient of lse if it has one: [B, Hq, Tq], fp32 (fp64)."""
     dtype = torch.promote_types(out.dtype, torch.float32)
+    if out.is_cuda and dtype == torch.float32:
+        return _triton().delta(out, dout, dlse)
     delta = (out.to(dtype) * dout.to(dtype)).sum(-1).transpose(1, 2)
     return (delta if dlse is None else delta - dlse.to(dtype)).contiguous()
 

@@ -1,8 +1,7 @@
 """Block-sparse attention on the CPU: the C++ extension, or PyTorch operations where it can't be built.
 
-The extension is built when it is first used, into PyTorch's extension cache (`TORCH_EXTENSIONS_DIR`), once for
-every PyTorch version and processor type. Without a compiler the same results come from cpu_torch.py, slower,
-after one warning.
+The extension is built when it is first used, into PyTorch's extension cache, once for every PyTorch version
+and processor type. Without a compiler the same results come from cpu_torch.py, slower, after one warning.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def _result(wanted: torch.dtype, q: Tensor, wide: torch.dtype) -> torch.dtype:
 
 
 def _pack(x: Tensor, k: Tensor, plan: Plan) -> Tensor:
-    """[B, T, Hq, D] as [B, P, T, G, D]: G query heads that share a list and a key/value head, token by token."""
+    """[B, T, Hq, D] as [B, P, T, G, D]: the G query heads of a plane share a list and a key/value head."""
     heads = x.shape[2]
     group = min(heads // plan.index.heads, heads // k.shape[2])
     return x.reshape(*x.shape[:2], heads // group, group, x.shape[3]).transpose(1, 2).contiguous()
@@ -129,9 +128,7 @@ def _arguments(plan: Plan, *, cols: bool) -> list[Tensor | int]:
 
 @functools.cache
 def extension_loaded() -> bool:
-    """Build (once, under the build directory's lock) and load the extension; False, after a warning, if that is
-    impossible.
-    """
+    """Build (once, under the build directory's lock) and load the extension; if it can't be, warn: False."""
     from torch.utils import cpp_extension
 
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
@@ -139,7 +136,7 @@ def extension_loaded() -> bool:
         cpp_extension.load(
             name=f"ltrain_block_sparse_{_build_key()}",
             sources=[str(SOURCE)],
-            extra_cflags=["-O3", native, "-fopenmp", "-fno-math-errno", "-fno-trapping-math", *_wide_vectors()],
+            extra_cflags=["-O3", native, "-fopenmp", "-fno-math-errno", "-fno-trapping-math", *_wide()],
             extra_ldflags=["-fopenmp"],
             is_python_module=False,
         )
@@ -154,7 +151,7 @@ def extension_loaded() -> bool:
     return True
 
 
-def _wide_vectors() -> list[str]:
+def _wide() -> list[str]:
     return ["-mprefer-vector-width=512"] if torch.backends.cpu.get_cpu_capability() == "AVX512" else []
 
 
@@ -162,5 +159,6 @@ def _build_key() -> str:
     """Differs where a build made elsewhere must not be loaded: PyTorch, source text, processor type."""
     info = Path("/proc/cpuinfo")
     flags = re.search(r"^(flags|Features)\s*:.*$", info.read_text(), re.MULTILINE) if info.exists() else None
-    text = "\n".join([torch.__version__, platform.machine(), flags.group(0) if flags else "", SOURCE.read_text()])
+    processor = flags.group(0) if flags else platform.processor()
+    text = "\n".join([torch.__version__, platform.machine(), processor, SOURCE.read_text()])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

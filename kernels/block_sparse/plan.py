@@ -45,7 +45,13 @@ class Plan:
     k_doc: Tensor | None
     window: int | None
     batch: int
-    rows: Lists
+
+    @cached_property
+    def rows(self) -> Lists:
+        """Made when first asked for: a kernel that walks a closed form never asks."""
+        return _classify(
+            self.index, self.q_pos, self.k_pos, self.q_doc, self.k_doc, self.window, self.batch
+        )
 
     @cached_property
     def cols(self) -> Lists:
@@ -128,8 +134,7 @@ def _prepare(
         len(sizes - {1}) <= 1, "batch", sorted(sizes), "of index, positions and documents must agree or be 1"
     )
     batch = max(sizes)
-    rows = _classify(index, q_pos, k_pos, q_doc, k_doc, window, batch)
-    return Plan(index, q_pos, k_pos, q_doc, k_doc, window, batch, rows)
+    return Plan(index, q_pos, k_pos, q_doc, k_doc, window, batch)
 
 
 def _classify(
@@ -153,7 +158,7 @@ def _classify(
     j = col.to(torch.int64)
 
     def stat(x: Tensor, block: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = _block_range(x, block)
+        low, high = block_range(x, block)
         at = (b if x.shape[0] > 1 else 0, ids)
         return low[at], high[at]
 
@@ -193,7 +198,7 @@ def _list_ids(ptr: Tensor) -> Tensor:
     return torch.repeat_interleave((ptr[..., 1:] - ptr[..., :-1]).reshape(-1))
 
 
-def _block_range(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def block_range(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest of every run of `block` tokens, [b, ceil(T / block)] each."""
     batch, tokens = x.shape
     blocks = -(-tokens // block)

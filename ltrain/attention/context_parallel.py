@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltrain.attention.choose import choose
+from ltrain.attention.profile import Profile, default_profile
 from ltrain.attention.schedules.base import Problem
 from ltrain.attention.schedules.engine import Schedule
 from ltrain.attention.schedules.registry import SCHEDULES, build
+from ltrain.attention.schedules.verticals import Tiles
 from ltrain.config.base import ConfigError
 from ltrain.parallel.agreement import agree
 from ltrain.parallel.collectives import Group, Traffic, rank_in, size_of
@@ -37,12 +40,15 @@ def context_parallel_attention(
     index: BlockIndex,
     doc_ids: Tensor | None = None,
     window: int | None = None,
+    verticals: Tiles | None = None,
     schedule: str = "auto",
     scale: float | None = None,
     node_size: int | None = None,
+    profile: Profile | None = None,
     grad_wire: torch.dtype | None = None,
     traffic: Traffic | None = None,
     saved: tuple[Tensor, Tensor] | None = None,
+    plan: Schedule | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the whole sequence's keys and values, as `index` selects them.
 
@@ -51,12 +57,16 @@ def context_parallel_attention(
     index: blocks of `layout.block` tokens over the whole sequence in document order, equal on all ranks;
     causality is by token id. doc_ids: int [T] or [B, T] for the whole sequence; tokens attend within their
     document only. window: a query sees keys less than so many tokens before it (None: no limit).
-    schedule: a name of `SCHEDULES`, or "auto". node_size: so many consecutive ranks of the group share a
-    node; needed by the schedules that use it. scale: default 1 / sqrt(D). grad_wire: the type in which
-    partial dK and dV travel to their owner, who sums them in fp32; default the type of k. traffic: a counter
-    to fill. saved: (out, lse) of an earlier call with equal inputs: they are returned as they are, without an
-    exchange and without attention, and the gradients are those of the call. This is how activation
-    checkpointing recomputes a layer.
+    verticals: single keys that each head attends beside its blocks, in tiles (`patterns.Verticals.tiles`).
+    schedule: a name of `SCHEDULES`, or "auto": what the cost model finds fastest with `profile` (default: a
+    built-in one of the device), chosen at the first call with these shapes and printed with the reason by
+    rank 0. node_size: so many consecutive ranks of the group share a node; needed by the schedules that use
+    it. scale: default 1 / sqrt(D). grad_wire: the type in which partial dK and dV travel to their owner, who
+    sums them in fp32; default the type of k. traffic: a counter to fill. saved: (out, lse) of an earlier call
+    with equal inputs: they are returned as they are, without an exchange and without attention, and the
+    gradients are those of the call. This is how activation checkpointing recomputes a layer; hand it the
+    first call's plan as well. plan: what `plan_attention` returned for equal arguments; nothing is planned or
+    compared.
 
     Returns out [B, T_local, Hq, Dv] in q's type and lse [B, Hq, T_local] fp32 (fp64 for fp64 inputs), natural
     log, both differentiable; a query that sees no key gets 0 and -inf.
@@ -64,18 +74,21 @@ def context_parallel_attention(
     layout or differ between ranks, or where the schedule can't serve the index (arXiv 2510.18830;
     docs/context_parallel.md).
     """
-    plan = plan_attention(
-        q,
-        k,
-        v,
-        layout=layout,
-        group=group,
-        index=index,
-        doc_ids=doc_ids,
-        window=window,
-        schedule=schedule,
-        node_size=node_size,
-    )
+    if plan is None:
+        plan = plan_attention(
+            q,
+            k,
+            v,
+            layout=layout,
+            group=group,
+            index=index,
+            doc_ids=doc_ids,
+            window=window,
+            verticals=verticals,
+            schedule=schedule,
+            node_size=node_size,
+            profile=profile,
+        )
     if traffic is not None and traffic.node_size is None:
         traffic.node_size = node_size
     call = _Call(
@@ -132,8 +145,10 @@ def plan_attention(
     index: BlockIndex,
     doc_ids: Tensor | None = None,
     window: int | None = None,
+    verticals: Tiles | None = None,
     schedule: str = "auto",
     node_size: int | None = None,
+    profile: Profile | None = None,
 ) -> Schedule:
     """The plan of a call, from the cache where one was made for the same index, documents, layout and shapes.
 
@@ -141,7 +156,7 @@ def plan_attention(
     that share a static pattern. Raises as `context_parallel_attention`.
     """
     shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, k.dtype, v.dtype, str(q.device))
-    parts = (index, doc_ids, group)
+    parts = (index, doc_ids, group, verticals)
     key = (
         *(id(x) for x in parts),
         getattr(doc_ids, "_version", 0),
@@ -157,8 +172,13 @@ def plan_attention(
             _plans.move_to_end(key)
             return plan
         del _plans[key]
-    plan = _make_plan(q, k, v, layout, group, index, doc_ids, window, schedule, node_size)
+    plan = _make_plan(q, k, v, layout, group, index, doc_ids, window, verticals, schedule, node_size, profile)
     _plans[key] = (tuple(None if x is None else weakref.ref(x) for x in parts), plan)
+    dead = [
+        old for old, (refs, _) in _plans.items() if any(ref is not None and ref() is None for ref in refs)
+    ]
+    for old in dead:
+        del _plans[old]
     while len(_plans) > _MAX_PLANS:
         _plans.popitem(last=False)
     return plan
@@ -173,11 +193,14 @@ def _make_plan(
     index: BlockIndex,
     doc_ids: Tensor | None,
     window: int | None,
+    verticals: Tiles | None,
     schedule: str,
     node_size: int | None,
+    profile: Profile | None,
 ) -> Schedule:
     error: Exception | None = None
     make: Callable[[], Schedule] | None = None
+    chosen, why = schedule, ""
     try:
         _check_shapes(q, k, v, layout, group, index, doc_ids)
         problem = Problem(
@@ -192,13 +215,16 @@ def _make_plan(
             q.dtype,
             q.device,
             window,
+            verticals,
         )
-        make = build(schedule, problem, group, node_size)
+        chosen, why = _choice(problem, schedule, profile, node_size)
+        make = build(chosen, problem, group, node_size)
     except Exception as caught:
         error = caught
     facts = {
         "layout": layout,
-        "schedule": schedule,
+        "schedule": chosen,
+        "profile": profile,
         "window": window,
         "node_size": node_size,
         "q": (q.shape[0], *q.shape[2:], q.dtype),
@@ -206,10 +232,56 @@ def _make_plan(
         "v": (v.shape[0], *v.shape[2:], v.dtype),
         "doc_ids": _digest(doc_ids),
         "index": index_digest(index),
+        "verticals": "none" if verticals is None else _digest(verticals.ids),
     }
     agree(group, facts, error, q.device)
     assert make is not None
+    if why and rank_in(group) == 0:
+        print(f"context parallelism: {why}", flush=True)
     return make()
+
+
+_choices: dict[tuple[Any, ...], str] = {}
+
+
+def _choice(
+    problem: Problem, schedule: str, profile: Profile | None, node_size: int | None
+) -> tuple[str, str]:
+    """The schedule to use, and the reason where it was chosen just now."""
+    if schedule != "auto":
+        if profile is not None:
+            profile.check_machine(problem.device)
+        return schedule, ""
+    if profile is None:
+        profile = default_profile(problem.device, node_size)
+    profile.check_machine(problem.device)
+    key = (
+        problem.layout,
+        problem.batch,
+        problem.num_q_heads,
+        problem.num_kv_heads,
+        problem.head_dim,
+        problem.value_dim,
+        problem.dtype,
+        problem.window,
+        problem.doc_ids is None,
+        type(problem.index),
+        problem.index.heads,
+        profile,
+        node_size,
+    )
+    if key in _choices:
+        return _choices[key], ""
+    limit = (
+        torch.cuda.get_device_properties(problem.device).total_memory / 8
+        if problem.device.type == "cuda"
+        else None
+    )
+    name, why = choose(problem, profile, node_size, limit)
+    if len(_choices) >= _MAX_PLANS:
+        _choices.pop(next(iter(_choices)))
+    _choices[key] = name
+    return name, why
 
 
 def _check_shapes(

@@ -93,6 +93,8 @@ def _gather(request: Gather, group: Group, world_size: int) -> Tensor:
     counts = np.bincount(request.owner, minlength=world_size)
     longest = int(counts.max()) if len(request.owner) else 0
     rows = request.rows
+    if longest == 0 or rows.shape[1:].numel() == 0:
+        return rows.new_empty(len(request.owner), *rows.shape[1:])
     sent = rows.new_zeros(longest, *rows.shape[1:])
     sent[: len(rows)] = rows
     received = rows.new_empty(world_size, longest, *rows.shape[1:])

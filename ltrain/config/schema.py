@@ -9,6 +9,7 @@ from ltrain.config.data import DataConfig
 from ltrain.config.model import ModelConfig
 from ltrain.config.parallel import AttentionSection, ParallelSection
 from ltrain.config.rope import KeepRope, RopeConfig
+from ltrain.config.sync import EveryStep, SyncConfig
 from ltrain.config.train import (
     AdamW,
     CheckpointSection,
@@ -44,6 +45,8 @@ class RunConfig(Section):
     """How the work is laid over devices."""
     attention: AttentionSection = AttentionSection()
     """What attention computes."""
+    sync: SyncConfig = EveryStep()
+    """How replicas of the run, each a job of its own, stay together."""
     checkpoint: CheckpointSection = CheckpointSection()
     """Saving and resuming."""
     metrics: MetricsSection = MetricsSection()
@@ -94,6 +97,13 @@ def check_sections(config: RunConfig) -> None:
             config.attention.pattern.kind,
             "has weights of its own, which the trainer doesn't train yet",
             "use it from ltrain.attention.patterns, or take vertical_slash, xattention or block_topk",
+        )
+    if config.sync.kind == "every_step" and config.sync.peers is not None:
+        raise ConfigError(
+            "sync.kind",
+            "every_step",
+            "cannot be joined by peers in the trainer",
+            "launch one job over all ranks, or take diloco or sparse_loco",
         )
     node_size = parallel.context.node_size
     if node_size is not None and parallel.context.degree % node_size:

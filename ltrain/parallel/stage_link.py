@@ -1,11 +1,10 @@
 """What crosses a pipeline stage boundary: activations as they are, or their part in a shared small subspace.
 
-A residual stream x [..., d] is split into an anchor that both ends can compute from token ids (and positions)
-and a rest. The rest is sent as k numbers, z = (x - anchor) U; the other end has x' = z U^T + anchor. Going
-back, dL/dz = (dL/dx') U crosses, k numbers again. With U orthonormal this loses nothing if and only if the
-rest lies in the columns of U. `SubspaceLinear` and `SubspaceEmbedding` are layers that can write nowhere
-else, under any optimizer; a trainable gain behind a residual writer would leave the subspace and is not part
-of them.
+A residual stream x [..., d] is split into an anchor that both ends can compute from token ids and a rest. The
+rest is sent as k numbers, z = (x - anchor) U; the other end has x' = z U^T + anchor. Backward, the gradient
+dL/dz = (dL/dx') U crosses, k numbers again. With U orthonormal nothing is lost exactly when the rest lies in
+the columns of U. `SubspaceLinear` and `SubspaceEmbedding` are layers that can write nowhere else, under any
+optimizer; a trainable gain behind a residual writer would leave the subspace and is not part of them.
 
 Sources: Protocol Models, arXiv 2506.01260 (subspace, anchors); arXiv 2601.02360 (selective use beside
 SparseLoCo).
@@ -102,8 +101,7 @@ class SubspaceLink(StageLink):
     """Sends the coordinates in the subspace of what the anchors do not explain.
 
     `projection`: for layers of any form, lossy where the stream leaves the subspace. `constrained`: for
-    stages built of `SubspaceLinear` and `SubspaceEmbedding`, exact but for rounding; `check` measures what is
-    lost.
+    stages built of `SubspaceLinear` and `SubspaceEmbedding`, exact but for rounding; `check` measures it.
     """
 
     def __init__(
@@ -158,9 +156,7 @@ class SubspaceLinear(nn.Module):
 
 
 class SubspaceEmbedding(nn.Module):
-    """Token embedding anchor + E U^T: the anchors are frozen and known everywhere, E [vocab, rank] is
-    learned.
-    """
+    """Token embedding anchor + E U^T: anchors are frozen and known everywhere, E [vocab, rank] is learned."""
 
     def __init__(self, space: Subspace) -> None:
         super().__init__()
@@ -215,8 +211,7 @@ def project_writers(weights: list[Tensor], space: Subspace) -> float:
 
 @torch.no_grad()
 def absorb_embedding_drift(learned: Tensor, static: Tensor, space: Subspace) -> None:
-    """Adaptation `absorb_embedding_drift`: what a sync pushed out of the subspace moves into the static
-    table.
+    """Adaptation `absorb_embedding_drift`: what a sync pushed out of the subspace goes to the static table.
 
     learned, static: [vocab, hidden]; their sum is unchanged, afterwards the rows of `learned` lie in the
     subspace. Every stage must apply the same update to its copy of `static` before the next micro-batch

@@ -181,8 +181,8 @@ def _explain(
     )
     codecs = ", ".join(f"{r} {c.density:.4f} at {c.bits} bit" for r, c in chosen.items())
     reason = (
-        f"{steps} steps ({compute_s:.1f} s), {codecs}; the exchange takes {times[slowest]:.1f} + "
-        f"{fixed_s:.1f} s, bound by {slowest} (up {8e-6 * up_bytes_s[slowest]:.0f}, "
+        f"{steps} steps ({compute_s:.1f} s), {codecs}; the exchange takes "
+        f"{times[slowest]:.1f} + {fixed_s:.1f} s, bound by {slowest} (up {8e-6 * up_bytes_s[slowest]:.0f}, "
         f"down {8e-6 * down_bytes_s[slowest]:.0f} Mbit/s)"
     )
     assert config.target_round_s is not None

@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ltrain.config.base import ConfigError
+from ltrain.config.sync import DiLoCo, EveryStep, SparseLoCo, check_sync, parse_address
+from ltrain.sync.adapt import LinkPlanner
 from ltrain.sync.coordinator import Coordinator, Planner, RankId, Send, WaitPolicy
-from ltrain.sync.wire import Channel, Message, WireError, accept, listen
+from ltrain.sync.wire import Channel, Message, WireError, accept, listen, load_token
 
 _log = logging.getLogger(__name__)
 _MAX_CONNECTIONS = 1024
@@ -191,3 +194,21 @@ def _valid(fields: dict[str, Any], schema: dict[str, type]) -> bool:
         if name != "notes" and kind is dict and not all(isinstance(v, str) for v in value.values()):
             return False
     return True
+
+
+def serve(
+    config: EveryStep | DiLoCo | SparseLoCo, *, log_path: str | os.PathLike[str] | None = None
+) -> Rendezvous:
+    """The service that `config.peers` and its method ask for, at `peers.rendezvous`. Raises ConfigError."""
+    check_sync(config)
+    peers = config.peers
+    if peers is None:
+        raise ConfigError("sync.peers", None, "must be given to serve a rendezvous")
+    return Rendezvous(
+        parse_address("sync.peers.rendezvous", peers.rendezvous),
+        load_token(peers.token_file),
+        peers.num_replicas,
+        WaitPolicy(peers.min_wait_s, peers.max_wait_s, peers.lateness_factor),
+        log_path=log_path,
+        planner=LinkPlanner(config) if isinstance(config, SparseLoCo) and config.adapt else None,
+    )

@@ -30,6 +30,7 @@ from ltrain.train.checkpoint.manager import CheckpointManager
 from ltrain.train.evaluate import position_buckets
 from ltrain.train.optimizer import build_optimizer
 from ltrain.train.plan import check_run, run_folder
+from ltrain.train.replicas import Replicas
 from ltrain.train.run import Run
 from ltrain.train.step import wrap_ddp
 
@@ -60,6 +61,7 @@ def build_run(config: RunConfig) -> Run:
         max_tokens=config.eval.max_tokens,
         min_tokens=config.eval.min_document_tokens,
     )
+    optimizer = build_optimizer(config.optimizer, [ddp], bf16=train.dtype == "bf16")
     return Run(
         config=config,
         folder=run_folder(config),
@@ -67,7 +69,7 @@ def build_run(config: RunConfig) -> Run:
         spec=plan.spec,
         model=model,
         ddp=ddp,
-        optimizer=build_optimizer(config.optimizer, [ddp], bf16=train.dtype == "bf16"),
+        optimizer=optimizer,
         loader=Loader(
             config.data,
             corpus,
@@ -86,6 +88,7 @@ def build_run(config: RunConfig) -> Run:
         ),
         tokenizer=plan.tokenizer,
         source_rope=plan.source_rope,
+        replicas=Replicas(config, model, ddp, optimizer, mesh),
     )
 
 

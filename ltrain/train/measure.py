@@ -17,6 +17,7 @@ from ltrain.metrics.names import METRICS
 from ltrain.metrics.sinks import Fanout, JsonLines, TensorBoard, WandB
 from ltrain.metrics.timers import Timers
 from ltrain.model.flops import step_flops
+from ltrain.sync import SyncReport
 from ltrain.train.batch import MicroBatch
 from ltrain.train.evaluate import Evaluation
 from ltrain.train.optimizer import OptimizerStep
@@ -69,6 +70,7 @@ class Measure:
         outcome: OptimizerStep,
         lr: float,
         seconds: float,
+        sync: SyncReport | None = None,
     ) -> None:
         """Write the record of the step that has just ended; collective over the default group."""
         run, config = self.run, self.config
@@ -77,6 +79,8 @@ class Measure:
             return
         local = {**times, **devices.memory_metrics(), "perf/step_time_s": seconds}
         local["balance/compute"] = times.get("time/forward_backward_s", 0.0)
+        if sync is not None:
+            local |= sync.metrics
         if torch.cuda.is_available():
             local |= devices.gpu_metrics(torch.cuda.current_device())
         metrics, spread = reduce_over_ranks(local, run.mesh.device)

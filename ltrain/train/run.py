@@ -25,6 +25,7 @@ from ltrain.model.language_model import LanguageModel
 from ltrain.model.spec import ModelSpec
 from ltrain.parallel.mesh import Mesh
 from ltrain.train.assignment import Assignment
+from ltrain.train.checkpoint.folder import CheckpointError
 from ltrain.train.checkpoint.manager import (
     CheckpointManager,
     Snapshot,
@@ -34,6 +35,7 @@ from ltrain.train.checkpoint.manager import (
 )
 from ltrain.train.checkpoint.pieces import optimizer_steps, pieces, set_optimizer_steps
 from ltrain.train.checkpoint.reading import CheckpointReader, restore_pieces
+from ltrain.train.replicas import Replicas
 
 log = logging.getLogger("ltrain")
 
@@ -60,6 +62,7 @@ class Run:
     checkpoints: CheckpointManager
     tokenizer: Tokenizer
     source_rope: Rope
+    replicas: Replicas
     step: int = 0
     tokens: int = 0
     skipped_steps: int = 0
@@ -78,6 +81,8 @@ class Run:
     def snapshot(self) -> Snapshot:
         """This rank's part of a checkpoint, copied to the host."""
         tensors, private = random_state()
+        outer_tensors, private["sync"] = self.replicas.state()
+        tensors |= outer_tensors
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -102,7 +107,12 @@ class Run:
         if state["layout"] == self.layout():
             rank = dist.get_rank()
             set_random_state(reader.private_tensors(rank, "rng/"), reader.private[rank])
+            self.replicas.load_state(reader.private_tensors(rank, "sync/"), reader.private[rank]["sync"])
         else:
+            if self.replicas.active:
+                raise CheckpointError(
+                    "the outer state of sync is bound to the layout: resume on the same degrees"
+                )
             torch.manual_seed(self.config.run.seed * 1_000_003 + self.step)
         self.checkpoints.last_saved = self.step
 

@@ -58,12 +58,14 @@ class Trainer:
                     if run.checkpoints.failure and config.checkpoint.on_full_disk == "stop":
                         log.error("stopping: a checkpoint could not be written (%s)", run.checkpoints.failure)
                         return EXIT_RESOURCES
+            run.replicas.finish()
             if config.eval.at_end and (run.step > 0 or not config.eval.at_start):
                 self.evaluate()
             self.save(wait=True)
             return EXIT_DONE
         finally:
             run.checkpoints.wait()
+            run.replicas.close()
             self.measure.close()
             self.stop.restore()
 
@@ -85,6 +87,8 @@ class Trainer:
             with timers.phase("optimizer"):
                 outcome = optimizer_step(run.optimizer, config.optimizer.max_grad_norm)
         run.step += 1
+        with timers.phase("sync", host=True):
+            report = run.replicas.after_step(run.step)
         run.tokens += config.train.tokens_per_step
         self._guard(result.loss, outcome.skipped)
         self.measure.step(
@@ -94,6 +98,7 @@ class Trainer:
             outcome=outcome,
             lr=lr,
             seconds=time.perf_counter() - began,
+            sync=report,
         )
 
     def evaluate(self) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from support.attention import Reference, attention, relative_error, visible_pairs
 
-from ltrain.attention.context_parallel import context_parallel_attention
+from ltrain.attention.context_parallel import context_parallel_attention, plan_attention
 from ltrain.parallel.collectives import Traffic
 from ltrain.parallel.layout import SequenceLayout
 from ltrain_kernels.block_sparse import BlockIndex
+
+
+@dataclass(frozen=True)
+class Tiles:
+    ids: torch.Tensor
+    index: BlockIndex
+    tile: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Case:
     seed: int = 0
     saved: bool = False
     grad_wire: torch.dtype | None = None
+    verticals: str = ""
 
     def make_layout(self, world: int) -> SequenceLayout:
         if self.layout == "dealt":
@@ -66,6 +73,34 @@ class Case:
             mask = torch.rand(1, heads, blocks, blocks, generator=generator) < 0.35
         return mask
 
+    def vertical_keys(self) -> torch.Tensor | None:
+        """Bool [B, Hs, T]: single keys of every kv ("kv") or query ("query") head."""
+        if not self.verticals:
+            return None
+        heads = self.kv_heads if self.verticals == "kv" else self.q_heads
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        return torch.rand(self.batch, heads, self.tokens, generator=generator) < 0.06
+
+    def tiles(self) -> Tiles | None:
+        """One key a tile; a row takes those before it whose block it hasn't selected."""
+        keys = self.vertical_keys()
+        if keys is None:
+            return None
+        batch, heads, _ = keys.shape
+        mask = self.block_mask()
+        blocks = mask.shape[-1]
+        found = [[keys[b, h].nonzero()[:, 0] for h in range(heads)] for b in range(batch)]
+        slots = max(len(ids) for row in found for ids in row)
+        ids = torch.full((batch, heads, slots), -1)
+        taken = torch.zeros(batch * heads, 1, blocks, slots, dtype=torch.bool)
+        for b in range(batch):
+            for h in range(heads):
+                own = found[b][h]
+                ids[b, h, : len(own)] = own
+                selected = mask[0, h * mask.shape[1] // heads]
+                taken[b * heads + h, 0, :, : len(own)] = ~selected[:, own // self.block]
+        return Tiles(ids, BlockIndex.from_mask(taken, self.block, 1), 1)
+
     def doc_ids(self) -> torch.Tensor | None:
         if not self.docs:
             return None
@@ -88,7 +123,13 @@ class Case:
     def reference(self) -> Reference:
         x = self.tensors()
         pairs = visible_pairs(
-            self.block_mask(), self.block, self.tokens, self.doc_ids(), self.batch, self.q_heads
+            self.block_mask(),
+            self.block,
+            self.tokens,
+            self.doc_ids(),
+            self.batch,
+            self.q_heads,
+            self.vertical_keys(),
         )
         return attention(x["q"], x["k"], x["v"], pairs, x["dout"], x["dlse"])
 
@@ -111,11 +152,14 @@ def run_case(case: Case, group: Any, rank: int, world: int) -> dict[str, Any]:
         "schedule": case.schedule,
         "node_size": case.node_size,
         "grad_wire": case.grad_wire,
+        "verticals": case.tiles(),
     }
     out, lse = context_parallel_attention(q, k, v, traffic=traffic, **options)
     forward_bytes = traffic.bytes_sent
     if case.saved:
         again = Traffic()
+        planned = {name: x for name, x in options.items() if name != "grad_wire"}
+        options["plan"] = plan_attention(q, k, v, **planned)
         out, lse = context_parallel_attention(
             q, k, v, traffic=again, saved=(out.detach(), lse.detach()), **options
         )
@@ -140,20 +184,20 @@ def run_case(case: Case, group: Any, rank: int, world: int) -> dict[str, Any]:
     }
 
 
-def run_cases(rank: int, world: int, cases: list[Case], subgroup: bool = False) -> list[dict[str, Any]]:
-    """All cases on one set of processes. With `subgroup`, ranks in reverse order without global rank 0."""
-    group = dist.group.WORLD
-    if subgroup:
-        group = dist.new_group(list(range(1, world)))
-        if rank == 0:
-            return []
-        rank, world = dist.get_rank(group), world - 1
-    results = []
-    for case in cases:
-        try:
-            results.append(run_case(case, group, rank, world))
-        except Exception as error:
-            raise AssertionError(f"{case}") from error
+def run_sizes(rank: int, world: int, cases: dict[int, list[Case]]) -> dict[int, list[dict[str, Any]]]:
+    """The cases of every group size, on the last `size` processes: only the largest group contains rank 0."""
+    results = {}
+    for size, todo in cases.items():
+        members = list(range(world - size, world))
+        group = dist.new_group(members)
+        if rank not in members:
+            continue
+        results[size] = []
+        for case in todo:
+            try:
+                results[size].append(run_case(case, group, dist.get_rank(group), size))
+            except Exception as error:
+                raise AssertionError(f"{size} ranks, {case}") from error
     return results
 
 
@@ -169,28 +213,32 @@ def errors(case: Case, shards: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def assert_close(cases: list[Case], by_rank: list[list[dict[str, Any]]], tolerance: float) -> None:
+    failures = []
     for number, case in enumerate(cases):
-        found = errors(case, [results[number] for results in by_rank if results])
-        assert max(found.values()) <= tolerance, f"{case}: {found}"
+        found = errors(case, [results[number] for results in by_rank])
+        if max(found.values()) > tolerance:
+            failures.append(f"{len(by_rank)} ranks, {case}: {found}")
+    assert not failures, "\n".join(failures)
 
 
-def grid(schedules: list[str], world: int) -> list[Case]:
+BASE = Case("ring")
+VARIANTS = [
+    BASE,
+    replace(BASE, layout="zigzag", heads_of_mask="query", batch=2, docs=(37, 90)),
+    replace(BASE, layout="contiguous", pattern="dense", heads_of_mask="one"),
+    replace(BASE, layout="dealt", pattern="strided", value_dim=5, docs=(100,)),
+    replace(BASE, pattern="window", q_heads=6, kv_heads=2, heads_of_mask="query", tokens=193),
+    replace(BASE, tokens=40, q_heads=3, kv_heads=1, heads_of_mask="one"),
+    replace(BASE, tokens=7, q_heads=2, kv_heads=2, pattern="dense"),
+    replace(BASE, q_heads=5, kv_heads=5, tokens=160, docs=(1, 1, 60), layout="zigzag"),
+    replace(BASE, pattern="nothing", tokens=64),
+    replace(BASE, batch=2, saved=True, q_heads=4, kv_heads=4, heads_of_mask="query", value_dim=12),
+    replace(BASE, verticals="kv", docs=(70,), batch=2),
+    replace(BASE, verticals="query", heads_of_mask="query", q_heads=6, layout="zigzag", value_dim=5),
+]
+
+
+def grid(schedules: list[str], node_size: int | None = None, variants: list[int] | None = None) -> list[Case]:
     """The fixed grid: every schedule against layouts, masks, documents, heads and shapes."""
-    base = Case("ring")
-    variants = [
-        base,
-        replace(base, layout="zigzag", heads_of_mask="query", batch=2, docs=(37, 90)),
-        replace(base, layout="contiguous", pattern="dense", heads_of_mask="one"),
-        replace(base, layout="dealt", pattern="strided", value_dim=5, docs=(100,)),
-        replace(base, pattern="window", q_heads=6, kv_heads=2, heads_of_mask="query", tokens=193),
-        replace(base, tokens=40, q_heads=3, kv_heads=1, heads_of_mask="one"),
-        replace(base, tokens=7, q_heads=2, kv_heads=2, pattern="dense"),
-        replace(base, q_heads=5, kv_heads=5, tokens=160, docs=(1, 1, 60), layout="zigzag"),
-        replace(base, pattern="nothing", tokens=64),
-        replace(base, batch=2, saved=True, q_heads=4, kv_heads=4, heads_of_mask="query", value_dim=12),
-    ]
-    return [replace(v, schedule=s, seed=i) for s in schedules for i, v in enumerate(variants)]
-
-
-def gather(by_rank: list[list[dict[str, Any]]], number: int, name: str) -> list[Any]:
-    return [np.asarray(results[number][name]).tolist() for results in by_rank]
+    chosen = range(len(VARIANTS)) if variants is None else variants
+    return [replace(VARIANTS[i], schedule=s, seed=i, node_size=node_size) for s in schedules for i in chosen]

@@ -1,4 +1,5 @@
-"""One step's loss and every gradient are the same on every layout: tensor, pipeline, context and data parallel."""
+"""One step's loss and every gradient are the same on every layout: tensor, pipeline, context and data
+parallel."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The selection over gloo is one process's selection, bit by bit; bad input is refused before any exchange."""
+"""The selection over gloo is one process's selection, bit by bit; bad input is refused before an exchange."""
 
 import numpy as np
 import pytest
@@ -79,6 +79,11 @@ def on_rank(rank, world_size, layouts, dtype):
                 results[kind, layout_kind, packed] = (found.counts().numpy(), found.entries()[1].numpy())
     if rank in members:
         layout = SequenceLayout("striped", T, len(members), BLOCK)
+        # Nothing to watch: empty exchanges, and every document is dense.
+        shard = layout.shard(torch.zeros(1, T, 2, 8), dist.get_rank(group), 1)
+        short_only = patterns.vertical_slash(dense_below=T)
+        found = select_distributed(short_only, shard, shard, layout=layout, group=group)
+        results["dense"] = found.index.nnz == layout.num_blocks * (layout.num_blocks + 1)
         short = torch.zeros(1, 7, 4, 8)
         try:
             select_distributed(patterns.block_topk(), short, short, layout=layout, group=group)
@@ -102,6 +107,7 @@ def test_ranks_find_what_one_process_finds(world_size, layouts, dtype):
     assert len(answers) == (4 if world_size == 4 else 2)
     for answer in answers:
         assert answer.pop("refused")
+        assert answer.pop("dense")
         assert len(answer) == len(SETTINGS) * len(layouts) * 2
         for (kind, _, packed), (counts, columns) in answer.items():
             index = wanted[kind][int(packed)]

@@ -95,5 +95,8 @@ def relative(got: Tensor, want: Tensor) -> float:
     """Relative L2 error, absolute where `want` is zero; infinities must sit at the same places."""
     if not torch.equal(torch.isinf(got), torch.isinf(want)):
         return float("inf")
-    got, want = torch.nan_to_num(got.double(), neginf=0.0), torch.nan_to_num(want.double(), neginf=0.0)
+    got, want = (
+        torch.nan_to_num(got.detach().double(), neginf=0.0),
+        torch.nan_to_num(want.detach().double(), neginf=0.0),
+    )
     return float((got - want).norm() / want.norm().clamp(min=1e-30)) if want.norm() > 0 else float(got.norm())

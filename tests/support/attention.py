@@ -19,11 +19,22 @@ class Reference:
 
 
 def visible_pairs(
-    mask: Tensor, block: int, num_tokens: int, doc_ids: Tensor | None, batch: int, heads: int
+    mask: Tensor,
+    block: int,
+    num_tokens: int,
+    doc_ids: Tensor | None,
+    batch: int,
+    heads: int,
+    single_keys: Tensor | None = None,
 ) -> Tensor:
-    """Bool [B, heads, T, T] from a block mask bool [b, h, R, C]: selected, causal, same document."""
+    """Bool [B, heads, T, T] from a block mask bool [b, h, R, C]: selected, causal, same document.
+
+    single_keys bool [B, h, T] are seen by all later tokens of their document.
+    """
     pairs = mask.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :num_tokens, :num_tokens]
     pairs = pairs.repeat_interleave(heads // mask.shape[1], 1).expand(batch, -1, -1, -1)
+    if single_keys is not None:
+        pairs = pairs | single_keys.repeat_interleave(heads // single_keys.shape[1], 1)[:, :, None, :]
     token = torch.arange(num_tokens)
     pairs = pairs & (token[:, None] >= token[None, :])
     if doc_ids is not None:

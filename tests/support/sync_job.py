@@ -102,8 +102,13 @@ def main(argv: list[str]) -> None:
                 os.replace(options.checkpoint + ".tmp", options.checkpoint)
             stages = {s: digest_of({n: t for n, t in sync.outer.theta.items() if shard_of(n) == s})[:12]
                       for s in options.stages.split(",")}  # fmt: skip
-            print(json.dumps({"round": report.round, "digests": stages, "error": digest_of(sync.outer.error)[:12],
-                              "metrics": report.metrics, "reason": report.reason}), flush=True)  # fmt: skip
+            row = {
+                "round": report.round,
+                "digests": stages,
+                "metrics": report.metrics,
+                "reason": report.reason,
+            }
+            print(json.dumps(row | {"error": digest_of(sync.outer.error)[:12]}), flush=True)
         sync.finish()
         # Leave time for those that are a record behind.
         time.sleep(0.3)

@@ -76,7 +76,7 @@ def test_a_shipped_config_passes_check(path, tmp_path, capsys):
 
 def test_the_world_size_must_fit(capsys):
     assert main(["check", str(CONFIGS / "quickstart_base.yaml"), "--world-size", "3"]) == 2
-    assert "train.tokens_per_step=8192 must be a multiple" in capsys.readouterr().err
+    assert "train.tokens_per_step=4096 must be a multiple" in capsys.readouterr().err
 
 
 def test_field_list_is_what_the_documentation_says():

@@ -6,6 +6,7 @@ python tools/bench/sync_codec.py [--entries 100000000] [--threads 2] [--repeats 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 
@@ -29,7 +30,7 @@ def main() -> None:
     x = torch.randn(args.entries // side, side, generator=generator).to(args.device)
     print(f"{x.numel()} entries, {args.threads} threads, {args.device}, torch {torch.__version__}")
     print(
-        "| bits | k of 4096 | compress s | encode s | decode s | decompress s | sum s | bits/value | below fp32 |"
+        "| bits | k of 4096 | compress s | encode | decode | decompress | sum s | bits/value | below fp32 |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
 
@@ -50,7 +51,7 @@ def main() -> None:
             marks.append(clock())
             decompress(received)
             marks.append(clock())
-            times.append([b - a for a, b in zip(marks, marks[1:], strict=False)])
+            times.append([b - a for a, b in itertools.pairwise(marks)])
         medians = [statistics.median(column) for column in zip(*times, strict=True)]
         cells = " | ".join(f"{value:.2f}" for value in [*medians, sum(medians)])
         per_value = 8 * len(data) / payload.num_values

@@ -80,8 +80,14 @@ def work(args: argparse.Namespace) -> None:
     """One replica; the first reports its loss until it reaches the target."""
     torch.set_num_threads(1)
     index = int(args.worker)
-    peers = Peers(rendezvous=f"{NET}.1:29400", token_file=args.token, replica=f"r{index}", host=f"{NET}.{10 + index}",
-                  num_replicas=args.replicas, max_wait_s=120.0)  # fmt: skip
+    peers = Peers(
+        rendezvous=f"{NET}.1:29400",
+        token_file=args.token,
+        replica=f"r{index}",
+        host=f"{NET}.{10 + index}",
+        num_replicas=args.replicas,
+        max_wait_s=120.0,
+    )
     config = METHODS[args.method].model_copy(update={"peers": peers})
     model = Model()
     model.load_state_dict(torch.load(args.start, weights_only=True))
@@ -126,18 +132,18 @@ def run(args: argparse.Namespace, method: str, lab: Lab, start: str, folder: str
     token.chmod(0o600)
     config = METHODS[method]
     planner = LinkPlanner(config, every=3) if isinstance(config, SparseLoCo) and config.adapt else None
-    service = Rendezvous((f"{NET}.1", 29400), token.read_bytes(), len(lab.speeds), WaitPolicy(2.0, 120.0, 4.0),
-                         planner=planner)  # fmt: skip
-    command = [sys.executable, __file__, "--method", method, "--start", start, "--token", str(token),
-               "--target", str(args.target), "--limit-s", str(args.limit_s), "--steps", str(args.steps),
-               "--lr", str(args.lr), "--replicas", str(len(lab.speeds))]  # fmt: skip
+    policy = WaitPolicy(2.0, 120.0, 4.0)
+    service = Rendezvous((f"{NET}.1", 29400), token.read_bytes(), len(lab.speeds), policy, planner=planner)
+    options = {"method": method, "start": start, "token": token, "target": args.target, "steps": args.steps,
+               "limit-s": args.limit_s, "lr": args.lr, "replicas": len(lab.speeds)}  # fmt: skip
+    command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in options.items())]
     processes = [
         subprocess.Popen(
-            ["ip", "netns", "exec", f"lw{i}", *command, "--worker", str(i)],
+            ["ip", "netns", "exec", f"lw{i}", *command, f"--worker={i}"],
             stdout=subprocess.PIPE if i == 0 else subprocess.DEVNULL,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
         for i in range(len(lab.speeds))
     ]
     try:

@@ -3,8 +3,8 @@
     python tools/bench/sync_quality.py [--seeds 3] [--steps 240] [--out docs/benchmarks/sync_quality.json]
 
 A byte-level GPT is pretrained by data parallelism, then trained on by every method from the same weights, on
-the same tokens: what the methods are for is continued training. Replicas are simulated in one process with the
-code of a run (`OuterState`); bytes are those of real frames.
+the same tokens: continued training is what the methods are for here. Replicas are simulated in one process
+with the code of a run (`OuterState`); bytes are those of real payloads.
 """
 
 from __future__ import annotations

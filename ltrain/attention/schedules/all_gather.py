@@ -45,11 +45,7 @@ class AllGather:
 
 
 class ScatterSum:
-    """Deals the partial dK and dV of gathered chunks out to their owners, who add them in member order.
-
-    One all-to-all a step. This is a reduce-scatter with a fixed order of summation and fp32 sums whatever the
-    wire type; it sends the same bytes.
-    """
+    """Deals the partial dK and dV of all members' tokens out to their owners: one all-to-all a step."""
 
     def __init__(
         self,
@@ -68,42 +64,56 @@ class ScatterSum:
             wire,
             traffic,
         )
-        self.sums = partial_dtype(k.dtype)
-        self.shapes = [x.shape[1:] for x in (k, v)]
-        self.dk, self.dv = (torch.zeros(x.shape, dtype=self.sums, device=x.device) for x in (k, v))
+        self.dk, self.dv = (
+            torch.zeros(x.shape, dtype=partial_dtype(k.dtype), device=x.device) for x in (k, v)
+        )
 
     def put(self, number: int, dk: Tensor, dv: Tensor) -> None:
-        """Partial gradients of all members' tokens, chunks in the order `order`."""
-        starts, at = {}, 0
-        for member in self.order:
-            starts[member] = at
-            at += self.lengths[member]
-        me, length = self.channel.me, self.lengths[self.channel.me]
-        width = sum(shape.numel() for shape in self.shapes)
-        parts, sizes = [], []
-        for member in range(self.channel.size):
-            rows = slice(starts[member], starts[member] + (self.lengths[member] if member != me else 0))
-            parts += [dk[rows].reshape(-1).to(self.wire), dv[rows].reshape(-1).to(self.wire)]
-            sizes.append((rows.stop - rows.start) * width)
-        pending = self.channel.all_to_all(
-            torch.cat(parts),
-            sizes,
-            [length * width if m != me else 0 for m in range(self.channel.size)],
-            self.traffic,
-        )
-        own = slice(starts[me], starts[me] + length)
-        split = length * self.shapes[0].numel()
-        (arrived,) = pending.wait()
-        at = 0
-        for member in range(self.channel.size):
-            if member == me:
-                self.dk += dk[own]
-                self.dv += dv[own]
-                continue
-            part = arrived[at : at + length * width]
-            self.dk += part[:split].view(self.dk.shape)
-            self.dv += part[split:].view(self.dv.shape)
-            at += length * width
+        dk, dv = scatter_sum(self.channel, self.lengths, self.order, dk, dv, self.wire, self.traffic)
+        self.dk += dk
+        self.dv += dv
 
     def finish(self) -> tuple[Tensor, Tensor]:
         return self.dk, self.dv
+
+
+def scatter_sum(
+    channel: Channel,
+    lengths: list[int],
+    order: list[int],
+    dk: Tensor,
+    dv: Tensor,
+    wire: torch.dtype,
+    traffic: Traffic | None,
+) -> tuple[Tensor, Tensor]:
+    """This member's rows of dk and dv [all members' tokens in `order`, B, K, D], added up over the members.
+
+    A reduce-scatter with a fixed order of summation and wide sums whatever the wire type; it sends the same
+    bytes.
+    """
+    starts, at = {}, 0
+    for member in order:
+        starts[member] = at
+        at += lengths[member]
+    me, length = channel.me, lengths[channel.me]
+    k_row, v_row = dk[0].numel() if len(dk) else 0, dv[0].numel() if len(dv) else 0
+    parts, sizes = [], []
+    for member in range(channel.size):
+        rows = slice(starts[member], starts[member] + (lengths[member] if member != me else 0))
+        parts += [dk[rows].reshape(-1).to(wire), dv[rows].reshape(-1).to(wire)]
+        sizes.append((rows.stop - rows.start) * (k_row + v_row))
+    expected = [length * (k_row + v_row) if member != me else 0 for member in range(channel.size)]
+    (arrived,) = channel.all_to_all(torch.cat(parts), sizes, expected, traffic).wait()
+    own = slice(starts[me], starts[me] + length)
+    sum_k, sum_v = (x.new_zeros((length, *x.shape[1:])) for x in (dk, dv))
+    at = 0
+    for member in range(channel.size):
+        if member == me:
+            sum_k += dk[own]
+            sum_v += dv[own]
+            continue
+        part = arrived[at : at + expected[member]]
+        sum_k += part[: length * k_row].view(sum_k.shape)
+        sum_v += part[length * k_row :].view(sum_v.shape)
+        at += expected[member]
+    return sum_k, sum_v

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -74,10 +74,16 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     window: int | None = None
+    verticals: Any = None
 
     @property
     def group_size(self) -> int:
         return self.num_q_heads // max(self.num_kv_heads, 1)
+
+    def head_work(self) -> np.ndarray:
+        """Selected blocks of every query head, [num_q_heads]: what Ulysses deals by."""
+        counts = self.index.drop_future().counts().sum((0, 2)).cpu().numpy()
+        return np.repeat(counts, self.num_q_heads // len(counts))
 
     def chunk(self, ranks: Sequence[int]) -> tuple[Chunk, list[int]]:
         """The shards of `ranks` as one chunk, and the order in which it holds them: a short block must come

@@ -90,6 +90,8 @@ def run_forward(
             traffic.step_tiles.append(step.tiles)
         if step.tiles and q.numel():
             partials.add(*forward_step(q, keys, values, step, scale))
+        # The feed is about to receive again: this buffer must not outlive its step.
+        del keys, values
     return partials.out.to(q.dtype), partials.lse
 
 
@@ -121,5 +123,6 @@ def run_backward(
         else:
             dk, dv = (torch.zeros(x.shape, dtype=dq.dtype, device=q.device) for x in (keys, values))
         sink.put(number, dk, dv)
+        del keys, values, dk, dv
     dk, dv = sink.finish()
     return dq, dk.transpose(0, 1), dv.transpose(0, 1)

@@ -13,7 +13,7 @@ Memory beyond inputs and outputs: two shards of KV, and backward two of dKV on t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -59,29 +59,27 @@ class Ring:
                 k, v = pending.wait()
 
     def gradients(self, k: Tensor, v: Tensor, wire: torch.dtype, traffic: Traffic | None) -> OwnerSum:
-        return OwnerSum(
-            self.grad_channel, [c.num_tokens for c in self.chunks], self.owner, k, v, wire, traffic
-        )
+        return OwnerSum(self.grad_channel, self.owner, k, v, wire, traffic)
 
 
 class OwnerSum:
     """Sends each step's partial dK and dV to the member that owns the keys; adds up what arrives, in step
     order.
 
-    Requires that at every step the map from members to owners be a rotation: what this member works on at
-    step t belongs to `me - shift(t)`, so that its own keys are then worked on by `me + shift(t)`.
+    `owner(step)` must be a rotation of the members: where this member works on the keys of me - x, its own
+    keys are worked on by me + x.
     """
 
     def __init__(
-        self, channel: Channel, lengths, owner, k: Tensor, v: Tensor, wire: torch.dtype, traffic
-    ) -> None:  # type: ignore[no-untyped-def]
-        self.channel, self.lengths, self.owner, self.wire, self.traffic = (
-            channel,
-            lengths,
-            owner,
-            wire,
-            traffic,
-        )
+        self,
+        channel: Channel,
+        owner: Callable[[int], int],
+        k: Tensor,
+        v: Tensor,
+        wire: torch.dtype,
+        traffic: Traffic | None,
+    ) -> None:
+        self.channel, self.owner, self.wire, self.traffic = channel, owner, wire, traffic
         sums = partial_dtype(k.dtype)
         self.dk, self.dv = (torch.zeros(x.shape, dtype=sums, device=x.device) for x in (k, v))
         self.pending: Pending | None = None

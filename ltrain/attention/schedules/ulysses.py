@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ltrain.attention.schedules.base import Exchange, Problem, select_heads
 from ltrain.attention.schedules.engine import make_delta, run_backward, run_forward, tokens_first
+from ltrain.attention.schedules.verticals import SelectedTiles
 from ltrain.parallel.collectives import Channel, Traffic
 
 
@@ -248,4 +249,9 @@ def local_problem(problem: Problem, deal: HeadDeal, member: int) -> Problem:
     else:
         index = select_heads(index, q_heads, problem.num_q_heads)
     kv = len(kv_heads) if grouped else len(q_heads)
-    return replace(problem, index=index, num_q_heads=len(q_heads), num_kv_heads=kv)
+    verticals = problem.verticals
+    if verticals is not None:
+        of_kv = verticals.ids.shape[1] == problem.num_kv_heads
+        per_query = [head // (problem.group_size if of_kv else 1) for head in q_heads]
+        verticals = SelectedTiles(verticals, kv_heads if of_kv and grouped else per_query)
+    return replace(problem, index=index, verticals=verticals, num_q_heads=len(q_heads), num_kv_heads=kv)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ltrain.train.checkpoint import folder as files
 from ltrain.train.checkpoint.folder import CheckpointError
-from ltrain.train.checkpoint.pieces import Piece
-from ltrain.train.checkpoint.reading import CheckpointReader, index_entry, tensor_key
+from ltrain.train.checkpoint.pieces import Piece, tensor_key
+from ltrain.train.checkpoint.reading import CheckpointReader, index_entry
 
 log = logging.getLogger("ltrain")
 

@@ -113,9 +113,10 @@ def pieces(model: Any, optimizer: Any | None, mesh: Mesh) -> Iterator[Piece]:
             ):
                 yield Piece("main", place, main.detach(), writes)
             state = part.optimizer.state[main]
+            if not state:  # before the first step
+                state["step"] = _step_counter(part, main, 0)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(main), torch.zeros_like(main)
             for kind in ("exp_avg", "exp_avg_sq"):
-                if kind not in state:
-                    state[kind] = torch.zeros_like(main)
                 yield Piece(kind, place, state[kind], writes)
 
 
@@ -164,7 +165,19 @@ def set_optimizer_steps(optimizer: Any, steps: int) -> None:
             continue
         for group in part.optimizer.param_groups:
             for param in group["params"]:
-                device = param.device if group.get("fused") else "cpu"
-                step = torch.tensor(float(steps), dtype=torch.float32, device=device)
-                is_torch = isinstance(part.optimizer, torch.optim.AdamW)
-                part.optimizer.state[param]["step"] = step if is_torch else steps
+                part.optimizer.state[param]["step"] = _step_counter(part, param, steps)
+
+
+def _step_counter(part: Any, param: Tensor, steps: int) -> Any:
+    """A parameter's own step counter, as its optimizer keeps it."""
+    if not isinstance(part.optimizer, torch.optim.AdamW):
+        return steps
+    fused = part.optimizer.param_groups[0].get("fused")
+    return torch.tensor(float(steps), dtype=torch.float32, device=param.device if fused else "cpu")
+
+
+def tensor_key(piece: Piece, kind: str | None = None) -> str:
+    """A name that no other piece of any rank has, but for copies; `kind` in place of its own."""
+    place = piece.place
+    at = "_".join(str(n) for n in place.start)
+    return f"{kind or piece.kind}/{place.name}/{at}/{place.first}"

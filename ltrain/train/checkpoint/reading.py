@@ -19,12 +19,6 @@ def index_entry(piece: Piece) -> dict[str, Any]:
     return {"kind": piece.kind, **asdict(piece.place)}
 
 
-def tensor_key(piece: Piece) -> str:
-    place = piece.place
-    at = "_".join(str(n) for n in place.start)
-    return f"{piece.kind}/{place.name}/{at}/{place.first}"
-
-
 def _place(entry: Any, source: str) -> tuple[str, Place]:
     """A checked index entry. Raises CheckpointError where sizes contradict one another."""
     try:

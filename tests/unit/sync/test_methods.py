@@ -34,7 +34,7 @@ def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _train(config, replicas: int, steps: int, resume_at: int | None = None, optimizer=torch.optim.AdamW):
-    """Train `replicas` threads; returns models and reports. At `resume_at` all start anew from their state."""
+    """Train `replicas` threads; returns models and reports. At `resume_at` all start from their state."""
     identity = run_identity(config, _parameters(_model()))
     hub = LocalHub([f"r{i}" for i in range(replicas)], identity)
     models, reports, failures = {}, {}, []

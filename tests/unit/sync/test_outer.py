@@ -301,3 +301,19 @@ def test_cross_field_rules(tmp_path):
 def test_payload_is_what_the_contract_names():
     payload = OuterState(SparseLoCo(), {"w": torch.ones(8)}).contribute()["w"]
     assert isinstance(payload, Payload)
+
+
+def test_a_fetched_state_replaces_all_but_the_error_buffers():
+    for config in (SparseLoCo(density=0.05, bits=1), DiLoCo(overlap="delayed")):
+        source, behind = _replicas(config, 1)[0], _replicas(config, 1)[0]
+        for step in range(3):
+            _move(source, step)
+            _round([source])
+        _move(behind, 9)
+        behind.contribute()
+        kept = {name: error.clone() for name, error in behind.error.items()}
+        behind.load_global_state({n: t.clone() for n, t in source.global_state().items()}, source.round)
+        assert behind.digest() == source.digest() and behind.round == 3
+        assert all(torch.equal(behind.error[name], error) for name, error in kept.items())
+        assert all(torch.equal(behind.momentum[n], m) for n, m in source.momentum.items())
+        assert all(torch.equal(p, behind.theta[n]) for n, p in behind.parameters.items())

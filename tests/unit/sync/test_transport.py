@@ -5,6 +5,9 @@ import time
 
 from unit.sync.conftest import digests_by_round
 
+from ltrain.config.sync import SparseLoCo
+from ltrain.sync.adapt import LinkPlanner
+
 
 def _agree(results, rounds):
     seen = digests_by_round(results)
@@ -114,3 +117,16 @@ def test_another_configuration_is_refused_with_the_field_on_both_sides(lab):
         assert lab.end(name) == 3
     lab.job("b", "--rounds", "3", "--step-s", "0.2")
     _agree(lab.results(), range(1, 4))
+
+
+def test_a_plan_made_from_measured_links_is_followed_by_all(lab):
+    fields = {"adapt": True, "target_round_s": 5.0, "max_steps_per_round": 10, "chunk": 256}
+    config = SparseLoCo(steps_per_round=2, density=0.05, bits=1, **fields)
+    lab.serve(2, planner=LinkPlanner(config, every=2))
+    for name in "ab":
+        lab.job(name, "--rounds", "5", **fields)
+    results = lab.results()
+    _agree(results, range(1, 6))
+    plans = [[(r["metrics"]["sync/steps"], r["reason"]) for r in results[name]] for name in "ab"]
+    assert plans[0] == plans[1] and "Mbit/s" in plans[0][-1][1]
+    assert all(r["metrics"]["sync/mbit_s_from_b"] > 0 for r in results["a"])

@@ -1,0 +1,271 @@
+"""Needed blocks only: an all-to-all of exactly the key blocks that some query block of another rank selected.
+
+Planned from the index: for each rank and head, which remote blocks its queries visit. This is the exchange
+for static sparse patterns; for S2 (head-sharded strided context) it moves each kv head's own residue of the
+blocks and the halo of the local window, so it costs T / stride a head instead of T, with any number of ranks
+or heads.
+
+Where kv heads need different blocks, each head's blocks are compacted apart and heads are folded into the
+batch. Bytes sent by rank r: forward, the sum over other ranks and kv heads of the tokens of r's blocks that
+they need, times the bytes of a head's key and value; backward that again plus the same in the wire type.
+Memory beyond inputs and outputs: the blocks needed from others (kv heads times the largest head's where they
+differ), once, and backward their gradients in fp32 and on the wire.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltrain.attention.schedules.base import Chunk, Problem, Step, make_step, partial_dtype
+from ltrain.parallel.collectives import Channel, Pending, Traffic
+from ltrain_kernels.block_sparse import BlockIndex, ListIndex, prepare
+
+NEVER = torch.iinfo(torch.int32).max
+
+
+def needed_blocks(problem: Problem) -> np.ndarray:
+    """Which kv head of which rank visits which block: bool [ranks, kv heads or 1, blocks], own blocks left
+    out.
+
+    Counts only blocks with a visible pair: causal, of a common document, in the window.
+    """
+    layout = problem.layout
+    pos = torch.arange(layout.num_tokens, dtype=torch.int32)
+    doc = problem.doc_ids.cpu() if problem.doc_ids is not None else None
+    plan = prepare(problem.index.to("cpu"), q_pos=pos, k_pos=pos, q_doc=doc, k_doc=doc, window=problem.window)
+    ptr, col = plan.rows.ptr.numpy(), plan.rows.ids.numpy()
+    batch, heads, rows = plan.rows.mid.shape
+    counts = ptr[..., 1:] - ptr[..., :-1]
+    owner = layout.block_owner
+    shared = heads == 1
+    found = np.zeros((layout.world_size, 1 if shared else problem.num_kv_heads, layout.num_blocks), bool)
+    at = 0
+    for b in range(batch):
+        for head in range(heads):
+            total = int(counts[b, head].sum())
+            row = np.repeat(np.arange(rows), counts[b, head])
+            found[owner[row], 0 if shared else head * problem.num_kv_heads // heads, col[at : at + total]] = (
+                True
+            )
+            at += total
+    found[owner, :, np.arange(layout.num_blocks)] = False
+    if found.shape[1] > 1 and (found == found[:, :1]).all():
+        found = found[:, :1]
+    return found
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of a buffer to move, in wire order: token and head-class indices, and how many go to each
+    member."""
+
+    token: Tensor
+    head: Tensor
+    sizes: list[int]
+
+
+class Needed:
+    """`pairwise` sends point to point to those members only that need something (see `halo`)."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        queries: Chunk,
+        kv_channel: Channel,
+        grad_channel: Channel,
+        needed: np.ndarray,
+        pairwise: bool = False,
+    ) -> None:
+        self.problem, self.queries, self.pairwise = problem, queries, pairwise
+        self.kv_channel, self.grad_channel = kv_channel, grad_channel
+        self.needed = needed
+        self.classes = needed.shape[1]
+        self.me = kv_channel.me
+        self.blocks = [np.flatnonzero(needed[self.me, g]) for g in range(self.classes)]
+        self.width = max(len(b) for b in self.blocks) * problem.layout.block
+        self.out = self._rows(
+            [np.argwhere(self._wanted(peer, self.me)) for peer in range(kv_channel.size)], own=True
+        )
+        self.into = self._rows(
+            [np.argwhere(self._wanted(self.me, peer)) for peer in range(kv_channel.size)], own=False
+        )
+        self.steps = [make_step(problem, queries, queries), self._remote_step()]
+
+    def _wanted(self, by: int, owner: int) -> np.ndarray:
+        return self.needed[by] & (self.problem.layout.block_owner == owner)[None]
+
+    def _rows(self, pairs: list[np.ndarray], own: bool) -> Rows:
+        """Rows of (head class, block) pairs a member, in the own shard or in the compact buffer."""
+        layout = self.problem.layout
+        place = [np.full(layout.num_blocks, -1) for _ in range(self.classes)]
+        for g in range(self.classes):
+            held = self.queries.blocks if own else self.blocks[g]
+            place[g][held] = np.arange(len(held))
+        tokens, heads, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)], []
+        for of_member in pairs:
+            size = 0
+            for g, block in of_member:
+                length = min(layout.block, layout.num_tokens - block * layout.block)
+                tokens.append(place[g][block] * layout.block + np.arange(length))
+                heads.append(np.full(length, g))
+                size += length
+            sizes.append(size)
+        device = self.problem.device
+        return Rows(
+            torch.from_numpy(np.concatenate(tokens)).to(device),
+            torch.from_numpy(np.concatenate(heads)).to(device),
+            sizes,
+        )
+
+    def _remote_step(self) -> Step:
+        problem, batch = self.problem, self.problem.batch
+        layout = problem.layout
+        slots = self.width // layout.block
+        pos = torch.full((self.classes, self.width), NEVER, dtype=torch.int64)
+        for g, blocks in enumerate(self.blocks):
+            ids = torch.from_numpy((blocks[:, None] * layout.block + np.arange(layout.block)).reshape(-1))
+            pos[g, : len(ids)] = torch.where(ids < layout.num_tokens, ids, NEVER)
+        doc = q_doc = None
+        folded = self.classes > 1
+        if problem.doc_ids is not None:
+            whole = problem.doc_ids.reshape(-1, layout.num_tokens).cpu()
+            whole = torch.nn.functional.pad(whole, (0, 1), value=-1)
+            doc = whole[:, pos.clamp(max=layout.num_tokens)]
+            assert self.queries.doc is not None
+            q_doc = self.queries.doc
+            if folded:
+                doc = doc.expand(batch, -1, -1).reshape(batch * self.classes, self.width)
+                q_doc = q_doc.expand(batch, -1).repeat_interleave(self.classes, 0)
+            else:
+                doc = doc[:, 0]
+            doc = doc.to(problem.device, torch.int32)
+        pos = pos.to(problem.device, torch.int32)
+        if folded:
+            index = self._folded_index(slots)
+            key_pos = pos.repeat(batch, 1)
+        else:
+            index = problem.index.select(self.queries.blocks, self.blocks[0])
+            key_pos = pos[0]
+        plan = prepare(
+            index, q_pos=self.queries.pos, k_pos=key_pos, q_doc=q_doc, k_doc=doc, window=problem.window
+        )
+        return Step(Chunk(np.concatenate(self.blocks), key_pos, doc), plan, folded)
+
+    def _folded_index(self, slots: int) -> ListIndex:
+        index = self.problem.index
+        per_class = index.heads // self.classes
+        parts = []
+        for g, blocks in enumerate(self.blocks):
+            heads = list(range(g * per_class, (g + 1) * per_class))
+            parts.append(index.select_heads(heads).select(self.queries.blocks, blocks))
+        return fold_indices(parts, self.problem.batch, slots)
+
+    def keys(self, k: Tensor, v: Tensor, traffic: Traffic | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        shapes = [self._grouped(x).shape for x in (k, v)]
+        leaving = [self._grouped(x)[self.out.token, :, self.out.head] for x in (k, v)]
+        pending = self._move(self.kv_channel, leaving, self.out.sizes, self.into.sizes, traffic)
+        yield 0, k, v
+        compact = []
+        for arrived, shape in zip(pending.wait(), shapes, strict=True):
+            buffer = arrived.new_zeros((self.width, *shape[1:]))
+            buffer[self.into.token, :, self.into.head] = arrived
+            compact.append(self._ungrouped(buffer))
+        yield 1, compact[0], compact[1]
+
+    def gradients(self, k: Tensor, v: Tensor, wire: torch.dtype, traffic: Traffic | None) -> NeededSum:
+        return NeededSum(self, k, v, wire, traffic)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """[T, B, K, D] as [T, B, classes, K / classes x D]."""
+        columns = self.problem.batch * self.classes
+        return x.reshape(len(x), self.problem.batch, self.classes, math.prod(x.shape[1:]) // columns)
+
+    def _ungrouped(self, x: Tensor) -> Tensor:
+        """The kernels' form of a grouped buffer: heads of their own batch entry where they differ."""
+        heads = 1 if self.classes > 1 else self.problem.num_kv_heads
+        return x.reshape(len(x), self.problem.batch * self.classes, heads, x.shape[3] // heads)
+
+    def _move(
+        self,
+        channel: Channel,
+        rows: list[Tensor],
+        sizes: list[int],
+        arriving: list[int],
+        traffic: Traffic | None,
+    ) -> Pending:
+        """Send rows [n, B, F] of each tensor to the members, `sizes[i]` rows to member i."""
+        into = [x.new_empty((sum(arriving), *x.shape[1:])) for x in rows]
+        if self.pairwise:
+            sends, receives = [], []
+            for x, y in zip(rows, into, strict=True):
+                sends += list(enumerate(x.split(sizes)))
+                receives += list(enumerate(y.split(arriving)))
+            pending = channel.exchange(sends, receives, traffic)
+            return Pending(pending.works, tuple(into), pending.keep, traffic)
+        works: list = []
+        keep: list[Tensor] = []
+        for number, x in enumerate(rows):
+            width = x[0].numel() if len(x) else x.shape[1] * x.shape[2]
+            one = channel.all_to_all(
+                x.reshape(-1), [n * width for n in sizes], [n * width for n in arriving], traffic
+            )
+            into[number] = one.received[0].view(into[number].shape)
+            works += one.works
+            keep += [*one.keep]
+        return Pending(works, tuple(into), tuple(keep), traffic)
+
+
+class NeededSum:
+    """Remote blocks' partial dK and dV go back the way the blocks came; the owner adds them in rank order."""
+
+    def __init__(
+        self, plan: Needed, k: Tensor, v: Tensor, wire: torch.dtype, traffic: Traffic | None
+    ) -> None:
+        self.plan, self.wire, self.traffic = plan, wire, traffic
+        self.sums = [torch.zeros(x.shape, dtype=partial_dtype(k.dtype), device=x.device) for x in (k, v)]
+        self.pending: Pending | None = None
+
+    def put(self, number: int, dk: Tensor, dv: Tensor) -> None:
+        if number == 0:
+            for total, part in zip(self.sums, (dk, dv), strict=True):
+                total += part
+            return
+        plan = self.plan
+        rows = []
+        for x in (dk, dv):
+            rows.append(plan._grouped(x)[plan.into.token, :, plan.into.head].to(self.wire))
+        self.pending = plan._move(plan.grad_channel, rows, plan.into.sizes, plan.out.sizes, self.traffic)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        plan = self.plan
+        if self.pending is not None:
+            for total, arrived in zip(self.sums, self.pending.wait(), strict=True):
+                grouped = plan._grouped(total)
+                at = 0
+                for size in plan.out.sizes:
+                    # One member asks for a token of a head at most once: no two rows of a member collide.
+                    place = (plan.out.token[at : at + size], slice(None), plan.out.head[at : at + size])
+                    grouped[place] += arrived[at : at + size]
+                    at += size
+        return self.sums[0], self.sums[1]
+
+
+def fold_indices(parts: list[ListIndex], batch: int, num_cols: int) -> BlockIndex:
+    """Indices of equal rows and heads as one index of batch `batch` x len(parts), batch-major."""
+    block_q, block_k, rows = parts[0].block_q, parts[0].block_k, parts[0].num_rows
+    pointers, columns, at = [], [], 0
+    for b in range(batch):
+        for part in parts:
+            own = part.row_ptr[b if part.batch > 1 else 0]
+            start, stop = int(own.min()), int(own.max())
+            pointers.append(own - start + at)
+            columns.append(part.col[start:stop])
+            at += stop - start
+    assert all(part.num_rows == rows for part in parts)
+    return ListIndex(torch.stack(pointers), torch.cat(columns), num_cols, block_q, block_k)

@@ -1,0 +1,70 @@
+"""Compiles the Triton kernels for GPUs that aren't there, with the tiles that ship, and reads the assembler's
+report.
+
+The gate of sm_90: no stack and no spilled register, shared memory within the limit, warpgroup matrix
+instructions, and none of those made to wait for the one before (the assembler does that silently where it
+loses track of registers; it halves the rate). On sm_80: shared memory within the limit, and no more than a
+few spilled registers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+pytest.importorskip("triton")
+
+from support.triton_aot import Report, Variant, compile_variant
+
+from ltrain_kernels.block_sparse.triton_config import SHARED_BYTES
+
+VARIANTS = {
+    "delta": Variant("delta", 90),
+    **{
+        f"{kernel}-{name}": Variant(kernel, 90, **options)
+        for kernel in ("forward", "dq", "dkdv")
+        for name, options in {
+            "lists": {},
+            "closed": {"closed": True, "block_q": 64, "block_k": 64, "group": 4, "pack": 1},
+            "documents": {"docs": True, "window": True, "accumulate": kernel != "forward"},
+            "head64": {"head_dim": 64, "dtype": "fp16"},
+        }.items()
+    },
+    **{f"{kernel}-sm80": Variant(kernel, 80) for kernel in ("forward", "dq", "dkdv")},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
+    """Every variant compiled from nothing, two at a time."""
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    try:
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return dict(zip(VARIANTS, pool.map(compile_variant, VARIANTS.values()), strict=True))
+    finally:
+        del os.environ["TRITON_CACHE_DIR"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_shared_memory_fits(reports, name):
+    assert reports[name].shared_bytes <= SHARED_BYTES[VARIANTS[name].arch]
+
+
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.arch == 90])
+def test_no_spills(reports, name):
+    assert (reports[name].stack_bytes, reports[name].spill_instructions) == (0, 0), reports[name]
+
+
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.arch == 90 and v.kernel != "delta"])
+def test_warpgroup_instructions(reports, name):
+    assert reports[name].warpgroup_mma > 0
+    assert reports[name].serialized_mma == 0, reports[name]
+
+
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.arch == 80])
+def test_few_spills_on_ampere(reports, name):
+    assert reports[name].stack_bytes <= 256, reports[name]
