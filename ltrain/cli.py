@@ -51,6 +51,13 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
     return print_report(args.runs, args.out)
 
 
+def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.eval.command import run
+
+    _none(overrides)
+    return run(args)
+
+
 def _env(args: argparse.Namespace, overrides: list[str]) -> int:
     from ltrain.metrics.environment import print_environment
 
@@ -72,6 +79,8 @@ def _none(overrides: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    from ltrain.eval.settings import add_options
+
     top = argparse.ArgumentParser(
         prog="ltrain",
         description="Extend the context of a pretrained language model.",
@@ -93,6 +102,8 @@ def parser() -> argparse.ArgumentParser:
     export = add("export", _export, "Write a checkpoint of a run as a Hugging Face folder.")
     export.add_argument("--out", type=Path, default=None, help="folder to write (default: RUN/hf)")
     export.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
+    text = "Evaluate a model folder at several lengths: retrieval, tracing, aggregation, QA, perplexity."
+    add_options(add("eval", _eval, text, config=False))
     text = "Write report.html and plots of one run, or of several beside one another."
     report = add("report", _report, text, config=False)
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, outputs/NAME")

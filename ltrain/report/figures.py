@@ -29,6 +29,7 @@ from ltrain.report.theme import Theme
 STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.6)), (0, (5, 1.5, 1, 1.5)))
 SMOOTH_FROM = 100
 MAX_AREA_POINTS = 300
+SMALL_SHARE = 0.003
 
 
 def draw(panel: Panel, runs: Sequence[RunLog], theme: Theme) -> Figure | None:
@@ -267,7 +268,8 @@ def _phase_colour(name: str, names: list[str], theme: Theme) -> str:
 
 def phase_stack(run: RunLog) -> tuple[list[float], dict[str, list[float]]]:
     """Tokens and, by phase, seconds of each training record after the first; long runs are averaged to few
-    points. The slowest rank counts in every phase, so `other`, what is left of the step, may be 0.
+    points. The slowest rank counts in every phase, so `other`, what is left of the step, may be 0. Phases that
+    cannot be seen, of less than 0.3 % of the time, count as `other`.
     """
     records = [r for r in run.training if r.get("perf/step_time_s") is not None]
     records = records[1:] if len(records) > 1 else records
@@ -285,8 +287,9 @@ def phase_stack(run: RunLog) -> tuple[list[float], dict[str, list[float]]]:
         parts = {("rest of forward, backward" if k == outer else k): v for k, v in parts.items()}
         parts["rest of forward, backward"] = rest
     whole = [r["perf/step_time_s"] for r in records]
+    parts = {name: values for name, values in parts.items() if sum(values) > SMALL_SHARE * sum(whole)}
     other = [max(0.0, t - sum(p)) for t, *p in zip(whole, *parts.values(), strict=True)]
-    if sum(other) > 0.01 * sum(whole):
+    if sum(other) > SMALL_SHARE * sum(whole):
         parts["other"] = other
     x = [run.tokens(r["step"]) for r in records]
     width = -(-len(x) // MAX_AREA_POINTS)

@@ -28,7 +28,7 @@ def facts_table(runs: list[RunLog]) -> Table:
 
 
 def _facts(run: RunLog) -> dict[str, str]:
-    facts: dict[str, str] = {"model": _model(run), "rope": _kind(run.setting("rope"), skip=())}
+    facts: dict[str, str] = {"model": _model(run), "rope": _kind(run.setting("rope"))}
     if run.base_context is not None:
         facts["context before"] = f"{run.base_context:,} tokens"
     _add(facts, "context trained at", run.setting("train.seq_len"), "{:,} tokens")
@@ -70,10 +70,11 @@ def _add(facts: dict[str, str], name: str, value: Any, form: str) -> None:
             facts[name] = str(value)
 
 
-def _kind(section: Any, skip: tuple[str, ...]) -> str:
+def _kind(section: Any) -> str:
+    """A section's kind and its numbers."""
     if not isinstance(section, dict):
         return ""
-    rest = [f"{k} {v}" for k, v in section.items() if k not in ("kind", *skip) and isinstance(v, int | float)]
+    rest = [f"{k} {v:g}" for k, v in section.items() if type(v) in (int, float)]
     return ", ".join([str(section.get("kind", "")), *rest])
 
 
