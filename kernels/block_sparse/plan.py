@@ -49,9 +49,7 @@ class Plan:
     @cached_property
     def rows(self) -> Lists:
         """Made when first asked for: a kernel that walks a closed form never asks."""
-        return _classify(
-            self.index, self.q_pos, self.k_pos, self.q_doc, self.k_doc, self.window, self.batch
-        )
+        return _classify(self.index, self.q_pos, self.k_pos, self.q_doc, self.k_doc, self.window, self.batch)
 
     @cached_property
     def cols(self) -> Lists:

@@ -34,9 +34,7 @@ def main() -> None:
             nbytes[row["method"]] = row["bytes_up"]
             start[row["seed"]] = row["start"]
     reference = next(name for name in curves if name.startswith("every step"))
-    print(
-        "| method | final loss by seed | mean | beside every step | sent by a replica | fewer bytes |"
-    )
+    print("| method | final loss by seed | mean | beside every step | sent by a replica | fewer bytes |")
     print("|---|---|---|---|---|---|")
     for name, seeds in curves.items():
         final = {seed: curve[-1] for seed, curve in sorted(seeds.items())}
