@@ -5,6 +5,7 @@ is wrong.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 import warnings
@@ -77,6 +78,27 @@ def _none(overrides: list[str]) -> None:
         raise ConfigError("command line", " ".join(overrides), "is not known to this command")
 
 
+def _calibrate(args: argparse.Namespace, options: list[str]) -> int:
+    from ltrain.attention.calibrate import main as calibrate
+
+    return calibrate(options)
+
+
+def _bench(args: argparse.Namespace, options: list[str]) -> int:
+    """Benchmarks are part of the repository, not of the package."""
+    folder = Path(__file__).parents[1] / "tools" / "bench"
+    module = args.name.replace("-", "_")
+    if not (folder / f"{module}.py").is_file():
+        names = ", ".join(sorted(path.stem.replace("_", "-") for path in folder.glob("*.py")))
+        rule = (
+            f"must be one of {names}" if names else "needs a checkout of the repository, where tools/bench is"
+        )
+        raise ConfigError("bench", args.name, rule)
+    # Benchmarks start processes that import them by name.
+    sys.path.insert(0, str(folder))
+    return int(importlib.import_module(module).main(options) or 0)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     from ltrain.eval.settings import add_options
@@ -110,6 +132,10 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, default=None, help="folder to write to (default: the first RUN)")
     add("sync-rendezvous", _rendezvous, "Serve the meeting point of a run's replicas (section sync).")
     add("env", _env, "Versions, devices and which kernels are usable and why not.", config=False)
+    text = "Measure links and kernels for the choice of schedule; under torchrun on all ranks."
+    add("calibrate", _calibrate, text, config=False)
+    text = "Run a benchmark of tools/bench with its own options."
+    add("bench", _bench, text, config=False).add_argument("name", help="such as context-parallel")
     return top
 
 
