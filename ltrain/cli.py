@@ -5,6 +5,7 @@ is wrong.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 import warnings
@@ -65,6 +66,24 @@ def _env(args: argparse.Namespace, overrides: list[str]) -> int:
     return print_environment()
 
 
+def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.config.load import parse_yaml
+    from ltrain.planner.command import run
+
+    _none(overrides)
+    return run(
+        cluster_path=args.cluster,
+        cost=parse_yaml(args.cost, "--cost"),
+        lengths_path=args.lengths,
+        mix_name=args.mix,
+        num_sequences=args.num_sequences,
+        max_length=args.max_length,
+        seed=args.seed,
+        out_png=args.png,
+        out_json=args.json,
+    )
+
+
 def _rendezvous(args: argparse.Namespace, overrides: list[str]) -> int:
     from ltrain.sync import serve
 
@@ -75,6 +94,27 @@ def _rendezvous(args: argparse.Namespace, overrides: list[str]) -> int:
 def _none(overrides: list[str]) -> None:
     if overrides:
         raise ConfigError("command line", " ".join(overrides), "is not known to this command")
+
+
+def _calibrate(args: argparse.Namespace, options: list[str]) -> int:
+    from ltrain.attention.calibrate import main as calibrate
+
+    return calibrate(options)
+
+
+def _bench(args: argparse.Namespace, options: list[str]) -> int:
+    """Benchmarks are part of the repository, not of the package."""
+    folder = Path(__file__).parents[1] / "tools" / "bench"
+    module = args.name.replace("-", "_")
+    if not (folder / f"{module}.py").is_file():
+        names = ", ".join(sorted(path.stem.replace("_", "-") for path in folder.glob("*.py")))
+        rule = (
+            f"must be one of {names}" if names else "needs a checkout of the repository, where tools/bench is"
+        )
+        raise ConfigError("bench", args.name, rule)
+    # Benchmarks start processes that import them by name.
+    sys.path.insert(0, str(folder))
+    return int(importlib.import_module(module).main(options) or 0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,8 +148,26 @@ def parser() -> argparse.ArgumentParser:
     report = add("report", _report, text, config=False)
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, outputs/NAME")
     report.add_argument("--out", type=Path, default=None, help="folder to write to (default: the first RUN)")
+    text = "Deal one batch of documents to sequence-parallel groups, beside what rival assignments give."
+    plan = add("plan", _plan, text, config=False)
+    plan.add_argument("--cluster", type=Path, required=True, help="YAML or JSON profile of devices and links")
+    plan.add_argument(
+        "--cost", required=True, help="fields of the cost model: '{attention_s: ..., linear_s: ...}'"
+    )
+    batch = plan.add_mutually_exclusive_group(required=True)
+    batch.add_argument("--lengths", type=Path, help="file of document lengths: a JSON list or one a line")
+    batch.add_argument("--mix", help="built-in length mix: github, commoncrawl or wikipedia")
+    plan.add_argument("--num-sequences", type=int, default=512, help="documents drawn from the mix")
+    plan.add_argument("--max-length", type=int, default=None, help="cut lengths of the mix at this")
+    plan.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    plan.add_argument("--png", type=Path, default=None, help="picture of the plan over time")
+    plan.add_argument("--json", type=Path, default=None, help="the plan as JSON")
     add("sync-rendezvous", _rendezvous, "Serve the meeting point of a run's replicas (section sync).")
     add("env", _env, "Versions, devices and which kernels are usable and why not.", config=False)
+    text = "Measure links and kernels for the choice of schedule; under torchrun on all ranks."
+    add("calibrate", _calibrate, text, config=False)
+    text = "Run a benchmark of tools/bench with its own options."
+    add("bench", _bench, text, config=False).add_argument("name", help="such as context-parallel")
     return top
 
 

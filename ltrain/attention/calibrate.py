@@ -1,7 +1,7 @@
 """Measures what the cost model needs: links inside and between nodes, kernel rates, host time of a call.
 
 Run on every rank of the group that is to share sequences; takes some seconds. `ltrain calibrate` writes the
-profile that `parallel.context.profile` names. The figures hold for the load and the clock of the moment.
+profile that `context_parallel_attention` takes. The figures hold for the load and the clock of the moment.
 """
 
 from __future__ import annotations

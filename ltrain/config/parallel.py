@@ -14,7 +14,15 @@ class ContextSection(Section):
     degree: PositiveInt = 1
     """Ranks that share one sequence."""
     schedule: Literal[
-        "auto", "ring", "hierarchical", "all_gather", "ulysses", "ulysses_ring", "halo", "needed"
+        "auto",
+        "ring",
+        "hierarchical",
+        "nested_ring",
+        "all_gather",
+        "ulysses",
+        "ulysses_ring",
+        "halo",
+        "needed",
     ] = "auto"
     """How keys and values travel; `auto` asks the cost model and prints its choice and why."""
     layout: Literal["striped", "zigzag", "contiguous"] = "striped"

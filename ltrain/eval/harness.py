@@ -19,7 +19,7 @@ def require_harness() -> Any:
         import lm_eval.models.huggingface
         import lm_eval.tasks
     except ImportError as error:
-        fix = "pip install 'ltrain[eval]'"
+        fix = "pip install 'lm-eval[hf,ruler]'"
         raise ConfigError(
             "--tasks", PREFIX, f"needs lm-eval, which can't be imported ({error})", fix
         ) from None

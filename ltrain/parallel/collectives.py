@@ -240,7 +240,12 @@ def channel(group: Group, purpose: str, members: Sequence[int] | None = None) ->
     known = _communicators.setdefault(parent, {})
     if (purpose, ranks) not in known:
         name = f"{parent.group_name}/{purpose}/{'-'.join(map(str, ranks))}"
-        known[purpose, ranks] = _new_named_group(
+        made = _new_named_group(
             [dist.get_global_rank(parent, rank) for rank in ranks], name, dist.get_backend_config(parent)
         )
+        if "nccl" in dist.get_backend_config(parent):
+            # Its first operation connects all members; point-to-point messages of some would wait for the
+            # rest.
+            dist.all_reduce(torch.zeros(1, device="cuda"), group=made)
+        known[purpose, ranks] = made
     return Channel(known[purpose, ranks], ranks, ranks.index(me))

@@ -268,8 +268,8 @@ def _phase_colour(name: str, names: list[str], theme: Theme) -> str:
 
 def phase_stack(run: RunLog) -> tuple[list[float], dict[str, list[float]]]:
     """Tokens and, by phase, seconds of each training record after the first; long runs are averaged to few
-    points. The slowest rank counts in every phase, so `other`, what is left of the step, may be 0. Phases of
-    less than 0.3 % of the time, which could not be seen, count as `other`.
+    points. The slowest rank counts in every phase, so `other`, what is left of the step, may be 0. Phases
+    that cannot be seen, of less than 0.3 % of the time, count as `other`.
     """
     records = [r for r in run.training if r.get("perf/step_time_s") is not None]
     records = records[1:] if len(records) > 1 else records

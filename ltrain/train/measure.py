@@ -90,7 +90,9 @@ class Measure:
         compute = spread["balance/compute"]
         metrics.pop("balance/compute", None)
         world = run.mesh.world_size
-        lengths = [n for row in data.rows for n in row.document_lengths]
+        lengths = [
+            n for row in data.rows for n in (row.document_lengths if row.document_mask else (row.num_tokens,))
+        ]
         found = [batch.context.densities for batch in batches if batch.context.densities]
         densities = (
             [sum(d.get(i, 1.0) for d in found) / len(found) for i in range(run.spec.num_layers)]

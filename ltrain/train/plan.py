@@ -32,6 +32,12 @@ def run_folder(config: RunConfig) -> Path:
     return config.run.output / config.run.name
 
 
+def context_length(config: RunConfig) -> int:
+    """The longest document that the run trains on: what the model's context is afterwards."""
+    longest = config.data.max_document_tokens if config.data.document_mask else None
+    return min(config.train.seq_len, longest or config.train.seq_len)
+
+
 def check_run(config: RunConfig, world_size: int) -> Plan:
     """Check everything that needs no process group. Raises ConfigError."""
     parallel = config.parallel
@@ -41,7 +47,7 @@ def check_run(config: RunConfig, world_size: int) -> Plan:
     tokenizer = load_tokenizer(config.data.tokenizer)
     spec = resolve_spec(config.model, tokenizer_vocab_size=tokenizer.vocab_size)
     source_rope = spec.rope
-    spec = extend_rope(spec, config.rope, config.train.seq_len)
+    spec = extend_rope(spec, config.rope, context_length(config))
     spec.check_parallel(tensor=parallel.tensor, pipeline=parallel.pipeline)
     frozen_tensors(spec, config.model)
     if spec.source is not None:

@@ -96,7 +96,7 @@ class HeadExchange:
     def to_heads(self, by_q: list[Tensor], by_kv: list[Tensor], traffic: Traffic | None) -> list[Tensor]:
         """This member's heads of all members' tokens; one all-to-all of tensors of one type."""
         tensors = [(x, self.deal.q_heads) for x in by_q] + [(x, self.deal.kv_heads) for x in by_kv]
-        parts = [x[:, :, list(heads[m])].reshape(-1) for m in self.members for x, heads in tensors]
+        parts = [x[:, :, _place(heads[m])].reshape(-1) for m in self.members for x, heads in tensors]
         length = self.lengths[self.me]
         row = [sum(x.shape[1] * len(h[m]) * x.shape[3] for x, h in tensors) for m in self.members]
         (flat,) = self.channel.all_to_all(
@@ -152,9 +152,16 @@ class HeadExchange:
             for whole, (x, heads, _) in zip(out, tensors, strict=True):
                 shape = (length, x.shape[1], len(heads[source]), x.shape[3])
                 count = math.prod(shape)
-                whole[:, :, list(heads[source])] += flat[at : at + count].view(shape)
+                whole[:, :, _place(heads[source])] += flat[at : at + count].view(shape)
                 at += count
         return out
+
+
+def _place(heads: tuple[int, ...]) -> slice | list[int]:
+    """The heads as an index; a slice where they are consecutive, which costs no index tensor."""
+    if heads and heads == tuple(range(heads[0], heads[0] + len(heads))):
+        return slice(heads[0], heads[0] + len(heads))
+    return list(heads)
 
 
 class HeadSharded:

@@ -208,8 +208,8 @@ def test_a_group_within_a_node_never_crosses_nodes() -> None:
 
 
 def test_more_devices_than_partitions_can_be_listed_for() -> None:
-    spec = ClusterSpec.uniform(256, 8, 100.0, 5.0, 1000)
-    lengths = mix("commoncrawl").draw(400, 200_000, 0)
+    spec = ClusterSpec.uniform(160, 8, 100.0, 5.0, 1000)
+    lengths = mix("commoncrawl").draw(150, 120_000, 0)
     plan = plan_batch(lengths, spec, COST, trials=1)
     check(plan, lengths, spec)
     assert plan.gap < 0.08
