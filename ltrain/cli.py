@@ -5,8 +5,8 @@ is wrong.
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from ltrain import __version__
 from ltrain.config.base import ConfigError
 
 EXIT_BAD_INPUT = 2
+BENCHMARKS = Path(__file__).resolve().parents[1] / "tools" / "bench"
 
 Command = Callable[[argparse.Namespace, list[str]], int]
 
@@ -84,6 +85,16 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     )
 
 
+def _bench(args: argparse.Namespace, rest: list[str]) -> int:
+    script = BENCHMARKS / f"{args.name.replace('-', '_')}.py"
+    if not script.is_file():
+        known = ", ".join(sorted(p.stem.replace("_", "-") for p in BENCHMARKS.glob("*.py")))
+        raise ConfigError(
+            "bench", args.name, "is not a benchmark of this checkout", f"known here: {known or 'none'}"
+        )
+    return subprocess.run([sys.executable, str(script), *rest]).returncode
+
+
 def _rendezvous(args: argparse.Namespace, overrides: list[str]) -> int:
     from ltrain.sync import serve
 
@@ -100,21 +111,6 @@ def _calibrate(args: argparse.Namespace, options: list[str]) -> int:
     from ltrain.attention.calibrate import main as calibrate
 
     return calibrate(options)
-
-
-def _bench(args: argparse.Namespace, options: list[str]) -> int:
-    """Benchmarks are part of the repository, not of the package."""
-    folder = Path(__file__).parents[1] / "tools" / "bench"
-    module = args.name.replace("-", "_")
-    if not (folder / f"{module}.py").is_file():
-        names = ", ".join(sorted(path.stem.replace("_", "-") for path in folder.glob("*.py")))
-        rule = (
-            f"must be one of {names}" if names else "needs a checkout of the repository, where tools/bench is"
-        )
-        raise ConfigError("bench", args.name, rule)
-    # Benchmarks start processes that import them by name.
-    sys.path.insert(0, str(folder))
-    return int(importlib.import_module(module).main(options) or 0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -148,6 +144,11 @@ def parser() -> argparse.ArgumentParser:
     report = add("report", _report, text, config=False)
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, outputs/NAME")
     report.add_argument("--out", type=Path, default=None, help="folder to write to (default: the first RUN)")
+    text = "Run a benchmark of tools/bench, with its own options (--help shows them)."
+    bench = add("bench", _bench, text, config=False)
+    bench.add_argument(
+        "name", help="attention, context-parallel, trainer, planner, patterns, loss-memory, ..."
+    )
     text = "Deal one batch of documents to sequence-parallel groups, beside what rival assignments give."
     plan = add("plan", _plan, text, config=False)
     plan.add_argument("--cluster", type=Path, required=True, help="YAML or JSON profile of devices and links")
@@ -166,8 +167,6 @@ def parser() -> argparse.ArgumentParser:
     add("env", _env, "Versions, devices and which kernels are usable and why not.", config=False)
     text = "Measure links and kernels for the choice of schedule; under torchrun on all ranks."
     add("calibrate", _calibrate, text, config=False)
-    text = "Run a benchmark of tools/bench with its own options."
-    add("bench", _bench, text, config=False).add_argument("name", help="such as context-parallel")
     return top
 
 

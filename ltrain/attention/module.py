@@ -13,7 +13,7 @@ from ltrain.attention.context import AttentionContext
 from ltrain.attention.context_parallel import context_parallel_attention
 from ltrain.attention.patterns import Pattern
 from ltrain.attention.rope import Rope, apply_rope
-from ltrain.attention.select import select_index
+from ltrain.attention.select import select_distributed
 from ltrain_kernels.block_sparse import BlockIndex
 
 # T tokens, B batch, N query heads, K kv heads, D head dim, all of this rank.
@@ -75,7 +75,7 @@ class CoreAttention(nn.Module):
             context.rope_tables = rope.tables(positions, device=query.device)
         cos, sin = context.rope_tables
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        index = self._index(q, k, context)
+        index, verticals = self._select(q, k, context)
         out, _ = context_parallel_attention(
             q,
             k,
@@ -83,6 +83,7 @@ class CoreAttention(nn.Module):
             layout=context.layout,
             group=context.group,
             index=index,
+            verticals=verticals,
             doc_ids=context.doc_ids,
             window=self.settings.windows[self.layer],
             schedule=self.settings.schedule,
@@ -91,8 +92,10 @@ class CoreAttention(nn.Module):
         )
         return out.transpose(0, 1).flatten(2)
 
-    def _index(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndex:
-        """The blocks to attend over the whole sequence, equal on all ranks of the group."""
+    def _select(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[BlockIndex, Any]:
+        """The blocks to attend over the whole sequence, and single keys beside them where the pattern chooses
+        any; equal on all ranks of the group.
+        """
         settings, layout = self.settings, context.layout
         assert layout is not None
         pattern, num_layers = settings.pattern, len(settings.windows)
@@ -103,6 +106,7 @@ class CoreAttention(nn.Module):
             "total_kv_heads": settings.total_kv_heads,
             "doc_ids": context.doc_ids,
         }
+        verticals = None
         dense = pattern.is_dense_layer(self.layer, num_layers)
         if pattern.static or dense:
             index = context.cached(
@@ -117,10 +121,15 @@ class CoreAttention(nn.Module):
                 ),
             )
         else:
-            index = select_index(pattern, q.detach(), k.detach(), layout=layout, group=context.group, **heads)
+            selection = select_distributed(
+                pattern, q.detach(), k.detach(), layout=layout, group=context.group, **heads
+            )
+            index = selection.index
+            if selection.verticals is not None:
+                verticals = selection.verticals.tiles(index)
         if pattern.kind != "dense":
             context.densities[self.layer] = context.cached(
                 ("density", id(index)),
                 lambda: pattern.density(index, num_tokens=layout.num_tokens, doc_ids=context.doc_ids),
             )
-        return index
+        return index, verticals
