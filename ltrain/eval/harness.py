@@ -16,9 +16,10 @@ def require_harness() -> Any:
     """The `lm_eval` package. Raises ConfigError with the fix where it is not installed."""
     try:
         import lm_eval
+        import lm_eval.models.huggingface
         import lm_eval.tasks
     except ImportError as error:
-        fix = "pip install 'ltrain[eval]'"
+        fix = "pip install 'lm-eval[hf,ruler]'"
         raise ConfigError(
             "--tasks", PREFIX, f"needs lm-eval, which can't be imported ({error})", fix
         ) from None
@@ -42,8 +43,6 @@ def run_harness(
     where the harness does not know a task or cannot get its data.
     """
     lm_eval = require_harness()
-    from lm_eval.models.huggingface import HFLM
-
     metadata = {"max_seq_lengths": list(lengths), "pretrained": str(folder)}
     manager = lm_eval.tasks.TaskManager(include_path=str(include) if include else None, metadata=metadata)
     known = set(manager.all_tasks)
@@ -52,7 +51,7 @@ def run_harness(
         near = [name for name in sorted(known) if unknown[0].split("_")[0] in name][:5]
         fix = f"known with a like name: {', '.join(near)}" if near else "see `lm-eval ls tasks`"
         raise ConfigError("--tasks", PREFIX + unknown[0], "is no task of lm-eval", fix)
-    wrapped = HFLM(
+    wrapped = lm_eval.models.huggingface.HFLM(
         pretrained=model.model,
         tokenizer=str(folder),
         max_length=max(lengths),

@@ -17,7 +17,7 @@ def heat_map(
     scores: np.ndarray, depths: Sequence[float], lengths: Sequence[int], context: int | None, path: Path
 ) -> None:
     """Scores [depths, lengths] from 0 to 1 as a PNG, with a line where the model's context ends."""
-    figure = Figure(figsize=(2.6 + 0.75 * len(lengths), 2.0 + 0.42 * len(depths)), layout="constrained")
+    figure = Figure(figsize=(3.4 + 0.75 * len(lengths), 2.2 + 0.42 * len(depths)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(scores, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=30, ha="right")
@@ -32,8 +32,8 @@ def heat_map(
         within = sum(length <= context for length in lengths)
         if 0 < within < len(lengths):
             axes.axvline(within - 0.5, color="#c9500a", linewidth=2)
-        axes.set_title(f"Needle retrieved; the model's context is {context:,} tokens", fontsize=10)
-    figure.colorbar(image, label="share of samples")
+        axes.set_title(f"Needle retrieved\n(context of the model: {context:,} tokens)", fontsize=10)
+    figure.colorbar(image, label="share of references found")
     figure.savefig(path, dpi=150)
 
 

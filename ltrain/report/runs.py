@@ -94,13 +94,21 @@ class RunLog:
             node = node.get(part)
         return node
 
+    def _launch_folder(self) -> Path:
+        """Where the run was started: relative paths in its configuration are meant from there."""
+        end = Path(str(self.setting("run.output")), str(self.setting("run.name"))).parts
+        here = self.folder.resolve()
+        if not Path(*end).is_absolute() and here.parts[-len(end) :] == end:
+            return Path(*here.parts[: -len(end)])
+        return Path()
+
     @cached_property
     def base_context(self) -> int | None:
         """Context of the model that the run started from; None where its config.json can't be read now."""
         if self.setting("model.kind") != "hf":
             return _positive_int(self.setting("model.max_position_embeddings"))
         try:
-            path = Path(str(self.setting("model.path"))) / "config.json"
+            path = self._launch_folder() / str(self.setting("model.path")) / "config.json"
             return _positive_int(json.loads(path.read_text()).get("max_position_embeddings"))
         except (OSError, ValueError, AttributeError):
             return None

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from support.runs import BUCKETS, TOKENS_PER_STEP, write_run
 
 from ltrain.config.base import ConfigError
@@ -103,4 +104,17 @@ def test_a_run_without_records_is_refused(folder):
 
 def test_a_base_model_that_is_gone_has_no_known_context(folder):
     (folder / "base" / "config.json").unlink()
+    assert read_run(folder).base_context is None
+
+
+def test_a_relative_model_path_is_meant_from_where_the_run_was_started(tmp_path):
+    folder = write_run(tmp_path / "outputs" / "run", steps=2, base_context=640)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "base").rename(tmp_path / "base")
+    config["run"] |= {"output": "outputs", "name": "run"}
+    config["model"]["path"] = "base"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert read_run(folder).base_context == 640
+    config["run"]["output"] = "elsewhere"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     assert read_run(folder).base_context is None
