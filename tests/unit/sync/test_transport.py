@@ -94,8 +94,10 @@ def test_the_service_may_be_restarted(lab):
 
 def test_a_replica_that_diverged_takes_the_majority_state(lab):
     lab.serve(3)
+    # Steps that take their time: the others must still be there while c fetches their state.
     for name in "abc":
-        lab.job(name, "--rounds", "6", *(["--corrupt", "2"] if name == "c" else []))
+        corrupt = ["--corrupt", "2"] if name == "c" else []
+        lab.job(name, "--rounds", "10", "--step-s", "0.3", *corrupt)
     results = lab.results()
     seen = digests_by_round(results)
     assert len(seen[3, "stage0"]) == 2 and len(seen[3, "stage1"]) == 1
