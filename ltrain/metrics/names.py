@@ -92,6 +92,7 @@ METRICS = _table(
 
 # Families whose last part names a layer, a position bucket or a link.
 PREFIXES = {
+    "eval/targets_pos/": "held-out target tokens that eval/loss_pos of this position is the mean of",
     "eval/loss_pos/": "held-out loss of the tokens up to this position in their document",
     "elim/kept_frac_by_layer/": "kept share of tokens in this layer",
     "sync/bandwidth/": "measured bandwidth of a link, bytes/s",

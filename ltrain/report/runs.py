@@ -18,6 +18,7 @@ from ltrain.metrics.sinks import SCHEMA_VERSION
 Record = dict[str, Any]
 BY_POSITION = "eval/loss_pos/"
 TARGETS_BY_POSITION = "eval/targets_pos/"
+LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,9 @@ def _checked(record: Record, path: Path, number: int) -> Record:
     for name, value in record.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise _damaged(path, number, f"has {name}={value!r}, which is not a number")
-    try:
-        values = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
-    except OverflowError:
-        raise _damaged(path, number, "has a number that is too large") from None
+        if isinstance(value, int | float) and LARGEST < abs(value) < math.inf:
+            raise _damaged(path, number, f"has {name} above {LARGEST:g}, which no metric reaches")
+    values = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
     if values.get("time") is None:
         raise _damaged(path, number, "has no `time`")
     return values

@@ -50,7 +50,13 @@ class Evaluation:
             for end, loss, count in zip(self.ends, self.losses, self.counts, strict=True)
             if count
         }
-        return {"eval/loss": self.loss, "eval/ppl": float(torch.tensor(self.loss).exp()), **by_position}
+        targets = {
+            f"eval/targets_pos/{end}": float(count)
+            for end, count in zip(self.ends, self.counts, strict=True)
+            if count
+        }
+        whole = {"eval/loss": self.loss, "eval/ppl": float(torch.tensor(self.loss).exp())}
+        return {**whole, **by_position, **targets}
 
 
 def evaluate(
