@@ -42,7 +42,7 @@ setup(
     ],
     extras_require={
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "peft"],
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval[hf,ruler]"],
     },
     entry_points={"console_scripts": ["ltrain = ltrain.cli:main"]},
 )
