@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,13 +90,7 @@ def build_optimizer(config: AdamW | CPUAdam, model: list[Any], *, bf16: bool) ->
         if inner is None or (offload and on_gpu):
             continue
         if offload:
-            part.optimizer = adam(
-                inner.param_groups,
-                lr=config.lr,
-                betas=config.betas,
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-            )
+            part.optimizer = _over_groups(adam, inner.param_groups)
         elif isinstance(inner, torch.optim.AdamW):
             # mcore falls back to torch's loop over parameters where Apex is missing; the fused step is one
             # pass.
@@ -102,7 +99,25 @@ def build_optimizer(config: AdamW | CPUAdam, model: list[Any], *, bf16: bool) ->
     return optimizer
 
 
+def _over_groups(adam: Any, groups: list[dict[str, Any]]) -> Any:
+    """An optimizer of class `adam` over existing groups.
+
+    mcore's shards are views of parameters, which a constructor refuses as not being leaves; they are handed
+    over after it, with the defaults that the class adds.
+    """
+    optimizer = adam([torch.nn.Parameter(torch.zeros(1))])
+    for group in groups:
+        for name, value in optimizer.defaults.items():
+            group.setdefault(name, value)
+    optimizer.param_groups = groups
+    return optimizer
+
+
 def _deepspeed_adam() -> Any:
+    # The build calls ninja, which lies beside the interpreter of a virtual environment that isn't activated.
+    folder = str(Path(sys.executable).parent)
+    if folder not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", "")])
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
         from deepspeed.ops.op_builder import CPUAdamBuilder

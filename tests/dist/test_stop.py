@@ -33,7 +33,14 @@ def _stopped(rank, world_size, folder):
     resumed_at = again.step
     final = Trainer(again.config, again).train()
     marker = (folder / "marker").read_text().strip()
-    return code, stopped_at, resumed_at, final, marker, parameter_hash(again.model) == parameter_hash(whole.model)
+    return (
+        code,
+        stopped_at,
+        resumed_at,
+        final,
+        marker,
+        parameter_hash(again.model) == parameter_hash(whole.model),
+    )
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_nothing_is_lost(tmp_path):
@@ -61,7 +68,9 @@ def _not_finite(rank, world_size, folder, limit):
     skipped = parameter_hash(run.model) == before
     hook.remove()
     trainer.one_step()
-    went_on = parameter_hash(run.model) != before and all(torch.isfinite(p).all() for p in run.model.parameters())
+    went_on = parameter_hash(run.model) != before and all(
+        torch.isfinite(p).all() for p in run.model.parameters()
+    )
     trainer.measure.close()
     return stopped, skipped, run.skipped_steps, went_on, parameter_hash(run.model)
 
