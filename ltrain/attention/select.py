@@ -19,7 +19,6 @@ from ltrain.attention.patterns.base import Pattern, Selection, check_queries
 from ltrain.attention.patterns.exchange import Deal, Gather, Place, Request, Steps
 from ltrain.config.base import ConfigError
 from ltrain.parallel.layout import SequenceLayout
-from ltrain_kernels.block_sparse import BlockIndex
 
 Group = dist.ProcessGroup | None
 
@@ -63,11 +62,6 @@ def select_distributed(
     check_queries(pattern.kind, q, k, shape, layout.length(rank))
     place = Place(rank, world_size, layout.block_owner, layout.block)
     return run_on_group(pattern.steps(q, k, shape, place, module), group, world_size, rank)
-
-
-def select_index(pattern: Pattern, q: Tensor, k: Tensor, **arguments: Any) -> BlockIndex:
-    """`select_distributed`, with single keys rounded up to blocks."""
-    return select_distributed(pattern, q, k, **arguments).as_index()
 
 
 def run_on_group(steps: Steps, group: Group, world_size: int, rank: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +67,3 @@ def make_micro_batch(
         num_targets=int((local_labels != IGNORE).sum()),
         document_lengths=tuple(row.document_lengths),
     )
-
-
-def deal_rows(rows: Sequence[Row], rank: int, size: int) -> list[Row]:
-    """The rows of data-parallel rank `rank` of `size`; the counts are equal by the rule on tokens a step."""
-    return list(rows[rank::size])

@@ -12,11 +12,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from ltrain.attention import patterns
 from ltrain.attention.module import AttentionSettings, CoreAttention
-from ltrain.config.base import ConfigError
 from ltrain.config.model import LoraAdapter
 from ltrain.config.schema import RunConfig
-from ltrain.data.loader import Corpus, Loader, held_out_rows, open_corpus
-from ltrain.data.tokenizer import Tokenizer
+from ltrain.data.loader import Loader, held_out_rows, open_corpus
 from ltrain.model.build import build_model
 from ltrain.model.freeze import freeze_parameters
 from ltrain.model.language_model import LanguageModel
@@ -49,7 +47,8 @@ def build_run(config: RunConfig) -> Run:
     )
     with seam.cpu_seam():
         model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
-    corpus = open_corpus_once(config, plan.tokenizer)
+    # One process tokenises what is not in the cache yet, under a lock; the others wait for it.
+    corpus = open_corpus(config.data, plan.tokenizer)
     model = build_language_model(config, plan.spec, mesh)
     ddp = wrap_ddp(
         model, distributed_optimizer=config.optimizer.distributed, overlap=parallel.overlap_grad_reduce
@@ -90,21 +89,6 @@ def build_run(config: RunConfig) -> Run:
         source_rope=plan.source_rope,
         replicas=Replicas(config, model, ddp, optimizer, mesh),
     )
-
-
-def open_corpus_once(config: RunConfig, tokenizer: Tokenizer) -> Corpus:
-    """Open the data on all ranks, the first of which tokenises what is not in the cache yet."""
-    outcome: list[Any] = [None]
-    corpus = None
-    if dist.get_rank() == 0:
-        try:
-            corpus = open_corpus(config.data, tokenizer)
-        except ConfigError as error:
-            outcome[0] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
-    return corpus or open_corpus(config.data, tokenizer)
 
 
 def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
