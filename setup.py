@@ -17,7 +17,7 @@ setup(
         *(n.replace("kernels", "ltrain_kernels", 1) for n in find_packages(include=["kernels", "kernels.*"])),
     ],
     package_dir={"ltrain": "ltrain", "ltrain_kernels": "kernels"},
-    package_data={"ltrain": ["py.typed"], "ltrain_kernels": ["**/*.cpp", "**/*.json", "py.typed"]},
+    package_data={"ltrain": ["py.typed"], "ltrain_kernels": ["**/*.cpp", "**/*.h", "**/*.json", "py.typed"]},
     install_requires=[
         "torch>=2.10",
         "megatron-core==0.16.1",

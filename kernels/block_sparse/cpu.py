@@ -20,6 +20,7 @@ from ltrain_kernels.block_sparse import cpu_torch
 from ltrain_kernels.block_sparse.plan import Plan
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+HEADERS = sorted(SOURCE.parent.glob("cpu_*.h"))
 
 
 def forward(
@@ -160,5 +161,6 @@ def _build_key() -> str:
     info = Path("/proc/cpuinfo")
     flags = re.search(r"^(flags|Features)\s*:.*$", info.read_text(), re.MULTILINE) if info.exists() else None
     processor = flags.group(0) if flags else platform.processor()
-    text = "\n".join([torch.__version__, platform.machine(), processor, SOURCE.read_text()])
+    sources = (path.read_text() for path in (SOURCE, *HEADERS))
+    text = "\n".join([torch.__version__, platform.machine(), processor, *sources])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -254,3 +254,20 @@ def test_bad_arguments_are_named(change, argument):
     with pytest.raises(ArgumentError) as error:
         block_sparse_attention(*tensors, index, **options)
     assert error.value.argument == argument
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(8, 1), (4, 2), (3, 3)])
+def test_bits_do_not_depend_on_the_number_of_threads(heads, kv_heads):
+    """Few key/value heads: the backward cuts rows into parts, whose sums must not follow the threads."""
+    tensors, index, options = Case("t", heads=heads, kv_heads=kv_heads, index_heads=1, tq=333, tk=333).make()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            dout = torch.ones(*tensors[0].shape[:3], tensors[2].shape[3])
+            dlse = torch.ones(tensors[0].shape[0], heads, 333)
+            results.append(run([x.float() for x in tensors], index, options, "cpu", dout, dlse))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
