@@ -8,6 +8,7 @@ from pydantic import PositiveInt
 
 from ltrain.config.base import Section
 from ltrain.config.patterns import DenseFields, PatternConfig
+from ltrain.config.stage_links import IdentityLinks, StageLinksConfig
 
 
 class ContextSection(Section):
@@ -42,6 +43,8 @@ class ParallelSection(Section):
     """Pipeline-parallel degree."""
     context: ContextSection = ContextSection()
     """Context parallelism."""
+    stage_links: StageLinksConfig = IdentityLinks()
+    """What crosses the boundaries of pipeline stages."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward still runs."""
 

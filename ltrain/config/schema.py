@@ -9,6 +9,7 @@ from ltrain.config.data import DataConfig
 from ltrain.config.model import ModelConfig
 from ltrain.config.parallel import AttentionSection, ParallelSection
 from ltrain.config.rope import KeepRope, RopeConfig
+from ltrain.config.stage_links import check_stage_links
 from ltrain.config.sync import EveryStep, SyncConfig
 from ltrain.config.train import (
     AdamW,
@@ -105,6 +106,14 @@ def check_sections(config: RunConfig) -> None:
             "cannot be joined by peers in the trainer",
             "launch one job over all ranks, or take diloco or sparse_loco",
         )
+    check_stage_links(
+        parallel.stage_links,
+        pipeline=parallel.pipeline,
+        tensor=parallel.tensor,
+        lora=config.model.adapter.kind == "lora",
+        frozen=bool(config.model.freeze),
+        delayed=config.sync.kind != "every_step" and config.sync.overlap == "delayed",
+    )
     node_size = parallel.context.node_size
     if node_size is not None and parallel.context.degree % node_size:
         raise ConfigError(

@@ -29,8 +29,13 @@ class Peers(Section):
     num_replicas: Annotated[int, Field(ge=1)] = 2
     """The first round starts when so many replicas are there; more may join later."""
 
-    host: str = "127.0.0.1"
-    """Address of this machine at which the other replicas reach it."""
+    stages: Annotated[int, Field(ge=1)] = 1
+    """Pipeline stages of the run's most finely cut replica; the same in all. Each stage is exchanged apart,
+    so that a replica in one process meets one that is a pipeline."""
+
+    host: str | None = None
+    """Address at which the other replicas reach this process; where absent, that of the interface which leads
+    to the rendezvous service."""
 
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """First port to listen at, rank r taking port + r; 0 takes any free one."""

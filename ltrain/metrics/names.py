@@ -69,15 +69,23 @@ METRICS = _table(
     sparse/selected_mass | 1 | mean | share of the dense attention mass that the pattern keeps
     elim/captured_mass | 1 | mean | share of the score mass in kept blocks
     elim/kept_frac | 1 | mean | kept share of tokens over layers
-    sync/bytes_up | B | sum | sent in the outer round
-    sync/bytes_down | B | sum | received in the outer round
-    sync/compression | 1 | last | dense fp32 bytes over bytes sent
+    sync/bytes_up | B | sum | frames and fetches sent in the outer round, headers of TCP/IP not counted
+    sync/bytes_down | B | sum | the same, received
+    sync/compression | 1 | last | dense fp32 bytes over bytes sent to each receiver
+    sync/receivers | 1 | last | ranks of other replicas that each frame of rank 0 goes to
     sync/outer_steps | rounds | last | outer rounds done
-    sync/drift | 1 | last | distance of the local from the outer parameters, relative
-    sync/residual_norm | 1 | last | norm of the error-feedback buffer
-    sync/round_time_s | s | max | time of the outer round
-    sync/wait_s | s | max | time waited for peers
-    sync/peers | replicas | last | replicas in the round
+    sync/steps | steps | last | local steps of the next round
+    sync/density | 1 | last | share of the entries that this replica sends in the next round
+    sync/bits | bits | last | bits of a value in the next round
+    sync/drift | 1 | last | norm of the local progress over that of the outer parameters, rank 0's shards
+    sync/residual_norm | 1 | last | norm of the error-feedback buffer, rank 0's shards
+    sync/round_time_s | s | max | time that the outer round kept training waiting
+    sync/wait_s | s | max | of that, waiting for frames of other replicas and the record of the round
+    sync/peers | replicas | last | replicas whose contribution is part of the round
+    sync/included | 1 | last | 1 if this replica's contribution is
+    sync/outer_lr | 1 | last | mean outer rate over tensors
+    sync/overlap | replicas | last | mean number of senders of a coordinate that anyone sent
+    comm/bytes_stage_links | B | sum | activations and gradients over compressed stage boundaries
     data/pack_fill | 1 | last | share of the rows that holds tokens
     data/pad_frac | 1 | last | share of the rows that is padding
     data/doc_len_p50 | tokens | last | median document length of the step
@@ -95,7 +103,7 @@ PREFIXES = {
     "eval/targets_pos/": "held-out target tokens that eval/loss_pos of this position is the mean of",
     "eval/loss_pos/": "held-out loss of the tokens up to this position in their document",
     "elim/kept_frac_by_layer/": "kept share of tokens in this layer",
-    "sync/bandwidth/": "measured bandwidth of a link, bytes/s",
+    "sync/bandwidth/": "measured bandwidth of the link from this replica, bytes/s",
     "sparse/density_by_layer/": "attended share of the causal area in this layer",
 }
 

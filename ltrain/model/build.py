@@ -17,13 +17,19 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import nn
 
 from ltrain.config.model import LoraAdapter
 from ltrain.model.lora import LoraColumnParallelLinear, LoraRowParallelLinear
 from ltrain.model.spec import ModelSpec
+from ltrain.model.subspace import SubspaceRowParallelLinear, SubspaceWordEmbedding
 from ltrain.parallel.seam import cpu_seam, device, on_cpu
+from ltrain.parallel.stage_link import Subspace
 
 
 class RMSNorm(nn.RMSNorm):
@@ -104,9 +110,13 @@ def transformer_config(
 
 
 def layer_spec(
-    spec: ModelSpec, core_attention: Callable[..., nn.Module], lora: LoraAdapter | None = None
+    spec: ModelSpec,
+    core_attention: Callable[..., nn.Module],
+    lora: LoraAdapter | None = None,
+    space: Subspace | None = None,
 ) -> ModuleSpec:
-    """One transformer layer of mcore's local modules around `core_attention`.
+    """One transformer layer of mcore's local modules around `core_attention`; with `space` its residual
+    writers write into the subspace only.
 
     `core_attention` is called as mcore calls `DotProductAttention`, by keyword: config, layer_number,
     attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection.
@@ -117,6 +127,9 @@ def layer_spec(
     proj: Any = RowParallelLinearWithBias if spec.o_bias else RowParallelLinear
     if "o" in targets:
         proj = ModuleSpec(module=LoraRowParallelLinear, params={"lora": lora, "always_bias": spec.o_bias})
+    down: Any = row if "down" in targets else RowParallelLinear
+    if space is not None:
+        proj = down = ModuleSpec(module=SubspaceRowParallelLinear, params={"space": space})
     qkv: Any = partial(LoraColumnParallelLinear, lora=lora) if "qkv" in targets else ColumnParallelLinear
     return ModuleSpec(
         module=TransformerLayer,
@@ -139,7 +152,7 @@ def layer_spec(
                 module=MLP,
                 submodules=MLPSubmodules(
                     linear_fc1=column if "gate_up" in targets else ColumnParallelLinear,
-                    linear_fc2=row if "down" in targets else RowParallelLinear,
+                    linear_fc2=down,
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
@@ -182,12 +195,18 @@ def build_model(
         variable_seq_lengths=variable_seq_lengths,
         **(options or {}),
     )
-    layer = layer_spec(spec, core_attention, lora)
-    stage_layers = spec.num_layers // pipeline
+    per_stage = spec.num_layers // pipeline
+    layers = [layer_spec(spec, core_attention, lora)] * per_stage
+    space = None
+    if spec.subspace is not None:
+        space = Subspace(spec.hidden_size, spec.subspace.rank, spec.subspace.seed)
+        first = get_transformer_layer_offset(config)
+        held = max(0, min(per_stage, spec.num_layers - spec.subspace.free_layers - first))
+        layers = [layer_spec(spec, core_attention, None, space)] * held + layers[held:]
     with cpu_seam():
         model = model_class(
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules([layer] * stage_layers, RMSNorm),
+            transformer_layer_spec=TransformerBlockSubmodules(layers, RMSNorm),
             vocab_size=spec.padded_vocab_size(tensor),
             max_sequence_length=spec.rope.max_position_embeddings,
             pre_process=pre_process,
@@ -197,6 +216,10 @@ def build_model(
             position_embedding_type="none",
             **model_arguments,
         )
+        if space is not None and pre_process:
+            model.embedding.word_embeddings = SubspaceWordEmbedding(
+                model.embedding.word_embeddings, space, spec.initializer_range, config
+            )
     _mark_tensor_parallel(model)
     return model
 

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from ltrain.model.loss import chunked_cross_entropy
+from ltrain.parallel.stage_link import SubspaceLink
 
 
 class LanguageModel(GPTModel):
@@ -21,6 +22,10 @@ class LanguageModel(GPTModel):
     The two come as one fp32 tensor [1 + T]: entry 0 is the differentiable sum, the others are constants.
     Without labels it returns logits as mcore does. `real_vocab_size` is the vocabulary without the padding
     that tensor parallelism needs; `loss_chunk_tokens` and `z_loss` as in the `train` section.
+
+    `link_in` and `link_out` are the compressed boundaries before and behind this stage, None where
+    activations cross as they are. mcore's schedule needs no part in it: with variable sequence lengths the
+    stages tell each other the shape of what they send, and a gradient has the shape of what was received.
     """
 
     def __init__(
@@ -35,6 +40,16 @@ class LanguageModel(GPTModel):
         self.real_vocab_size = real_vocab_size
         self.loss_chunk_tokens = loss_chunk_tokens
         self.z_loss = z_loss
+        self.link_in: SubspaceLink | None = None
+        self.link_out: SubspaceLink | None = None
+
+    def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.link_in is not None:
+            # [T, 1, rank] -> [T, 1, E]; mcore keeps the received leaf and sends its gradient back.
+            received = self.link_in.receive(self.decoder.input_tensor, input_ids.t())
+            self.decoder.set_input_tensor(received)
+        output = super().forward(input_ids, *args, **kwargs)
+        return output if self.link_out is None else self.link_out.send(output)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         labels = kwargs.get("labels")

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ltrain.attention.rope import Rope
 from ltrain.config.base import ConfigError
+
+
+@dataclass(frozen=True)
+class Reparametrisation:
+    """Residual writers and token embedding of all layers but the last `free_layers` write into a subspace.
+
+    The subspace is `ltrain.parallel.stage_link.Subspace` of this `rank` and `seed`.
+    """
+
+    rank: int
+    seed: int
+    free_layers: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,7 @@ class ModelSpec:
     initializer_range: float = 0.02
     dtype: str = "float32"
     source: Path | None = None
+    subspace: Reparametrisation | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -100,3 +115,24 @@ class ModelSpec:
         if self.num_layers % pipeline:
             rule = f"must divide the model's number of layers, {self.num_layers}"
             raise ConfigError("parallel.pipeline", pipeline, rule)
+
+
+def model_facts(spec: ModelSpec) -> dict[str, object]:
+    """What must agree for a checkpoint, or another replica, to fit the model, by name."""
+    names = [
+        "family",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "ffn_hidden_size",
+    ]
+    names += ["vocab_size", "tie_embeddings", "qkv_bias", "qk_norm"]
+    facts = {name: getattr(spec, name) for name in names}
+    return facts | (vars(spec.subspace) if spec.subspace is not None else {})
+
+
+def model_fingerprint(spec: ModelSpec) -> str:
+    """A hash of `model_facts`."""
+    return hashlib.sha256(json.dumps(list(model_facts(spec).values())).encode()).hexdigest()[:16]

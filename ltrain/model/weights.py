@@ -15,8 +15,12 @@ from ltrain.model.lora import adapter_shapes, adapter_shards
 from ltrain.model.sharding import Shard, stage_shards
 from ltrain.model.sources import RandomSource, SafetensorsSource, WeightSource
 from ltrain.model.spec import ModelSpec
+from ltrain.model.subspace import SubspaceWriter
 from ltrain.model.tensors_out import FirstRankErrors, gather_to_first
 from ltrain.parallel.mesh import Mesh
+
+# Share of a stored tensor's norm that may lie outside of the subspace: rounding to bfloat16 stays below it.
+SUBSPACE_TOLERANCE = 0.01
 
 
 def import_model(model: nn.Module, spec: ModelSpec, mesh: Mesh, *, seed: int = 0) -> None:
@@ -37,12 +41,23 @@ def fill(model: nn.Module, shards: dict[str, Shard], source: WeightSource) -> No
     """Copy every shard's pieces from `source` into the parameter of that name; padding becomes zero."""
     for name, parameter in base_parameters(model, shards).items():
         shard = shards[name]
+        module = _module(model, name)
+        into = torch.empty(shard.shape) if isinstance(module, SubspaceWriter) else parameter
         filled = sum(piece.stop - piece.start for piece in shard.pieces)
         if not shard.pieces or filled < shard.shape[shard.pieces[0].dim]:
-            parameter.zero_()
+            into.zero_()
         for piece in shard.pieces:
             values = source.read(piece.name, piece.dim, piece.start, piece.stop)
-            parameter.narrow(piece.dim, piece.offset, piece.stop - piece.start).copy_(values)
+            into.narrow(piece.dim, piece.offset, piece.stop - piece.start).copy_(values)
+        if isinstance(module, SubspaceWriter):
+            lost = module.load_merged(into)
+            if isinstance(source, SafetensorsSource) and lost > SUBSPACE_TOLERANCE:
+                raise ConfigError(
+                    "parallel.stage_links.kind",
+                    "reparametrised",
+                    f"would lose {lost:.1%} of {name}, which does not lie in its subspace",
+                    "start from a new model, or from one trained so with this rank and seed",
+                )
 
 
 def base_parameters(model: nn.Module, shards: dict[str, Shard]) -> dict[str, nn.Parameter]:
@@ -51,6 +66,8 @@ def base_parameters(model: nn.Module, shards: dict[str, Shard]) -> dict[str, nn.
     if set(parameters) != set(shards):
         raise RuntimeError(f"parameters and map differ: {sorted(set(parameters) ^ set(shards))}")
     for name, parameter in parameters.items():
+        if isinstance(_module(model, name), SubspaceWriter):
+            continue
         if tuple(parameter.shape) != shards[name].shape:
             raise RuntimeError(
                 f"{name} has shape {tuple(parameter.shape)}, the map says {shards[name].shape}"
@@ -129,9 +146,14 @@ def export_adapter(model: nn.Module, spec: ModelSpec, lora: LoraAdapter, mesh: M
     failure.raise_together()
 
 
+def _module(model: nn.Module, name: str) -> nn.Module:
+    """The module that holds a parameter."""
+    return model.get_submodule(name.rpartition(".")[0])
+
+
 def _value(model: nn.Module, name: str) -> Tensor:
-    """A parameter, with its adapter merged into it if it has one."""
-    module = model.get_submodule(name.rpartition(".")[0])
+    """A parameter as the checkpoint has it: its adapter merged into it, its subspace multiplied out."""
+    module = _module(model, name)
     if name.endswith(".weight") and hasattr(module, "merged_weight"):
         return module.merged_weight()
     return model.get_parameter(name)

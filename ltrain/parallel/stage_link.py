@@ -1,13 +1,13 @@
 """What crosses a pipeline stage boundary: activations as they are, or their part in a shared small subspace.
 
-A residual stream x [..., d] is split into an anchor that both ends can compute from token ids and a rest. The
-rest is sent as k numbers, z = (x - anchor) U; the other end has x' = z U^T + anchor. Backward, the gradient
-dL/dz = (dL/dx') U crosses, k numbers again. With U orthonormal nothing is lost exactly when the rest lies in
-the columns of U. `SubspaceLinear` and `SubspaceEmbedding` are layers that can write nowhere else, under any
-optimizer; a trainable gain behind a residual writer would leave the subspace and is not part of them.
+A residual stream x [..., hidden] is split into an anchor, which both ends know from the token ids and which
+is orthogonal to the subspace, and a rest. z = x U crosses, `rank` numbers a token, and the other end has x'
+= z U^T + anchor. Backward, the gradient dL/dz = (dL/dx') U crosses, `rank` numbers again. With U orthonormal
+nothing is lost exactly when the rest lies in the columns of U: when the residual writers (attention output,
+MLP output, embedding beside its anchor) write nowhere else and no trainable gain stands behind them.
 
 Sources: Protocol Models, arXiv 2506.01260 (subspace, anchors); arXiv 2601.02360 (selective use beside
-SparseLoCo).
+SparseLoCo, equations 3 and 4).
 """
 
 from __future__ import annotations
@@ -20,122 +20,82 @@ from torch import Tensor, nn
 
 from ltrain.config.base import ConfigError
 
-LinkKind = Literal["identity", "projection", "constrained"]
+LinkKind = Literal["identity", "projection", "reparametrised"]
 
 
 class Subspace:
-    """An orthonormal basis U [hidden, rank] and a frozen anchor table [vocab, hidden], both from a seed.
+    """An orthonormal basis U [hidden, rank] from a seed.
 
-    Made on the CPU in float64, so that every process of a run derives the same bytes; `digest` goes into the
-    settings on which replicas must agree. Raises ConfigError where rank is not in 1..hidden.
+    Made on the CPU in float64, so that every process of a run derives the same bytes; `digest` goes into what
+    replicas must agree in. Raises ConfigError where rank is not in 1..hidden.
     """
 
-    def __init__(self, hidden: int, rank: int, vocab: int, seed: int, anchor_std: float = 1.0) -> None:
+    def __init__(self, hidden: int, rank: int, seed: int) -> None:
         if not 1 <= rank <= hidden:
-            raise ConfigError("stage_link.rank", rank, f"must be in 1..hidden_size={hidden}")
+            rule = f"must be in 1..hidden_size={hidden}"
+            raise ConfigError("parallel.stage_links.rank", rank, rule)
         generator = torch.Generator().manual_seed(seed)
         gaussian = torch.randn(hidden, rank, generator=generator, dtype=torch.float64)
         basis, upper = torch.linalg.qr(gaussian)
         # Fixes the signs that QR leaves open.
         self.basis = (basis * upper.diagonal().sign()).float()
-        self.anchors = torch.randn(vocab, hidden, generator=generator) * anchor_std
-        self.hidden, self.rank = hidden, rank
+        self.hidden, self.rank, self.seed = hidden, rank, seed
+
+    def random_anchors(self, vocab: int, std: float) -> Tensor:
+        """A frozen table [vocab, hidden] of normal rows, without their part in the subspace."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return self.outside(torch.randn(vocab, self.hidden, generator=generator)) * std
+
+    def outside(self, x: Tensor) -> Tensor:
+        """x - x U U^T, for rows x [..., hidden]: what a link would lose of them."""
+        basis = self.basis.to(x)
+        return x - (x @ basis) @ basis.t()
 
     @property
     def digest(self) -> str:
-        """SHA-256 over basis and anchors."""
-        total = hashlib.sha256(self.basis.numpy().tobytes())
-        total.update(self.anchors.numpy().tobytes())
-        return total.hexdigest()
+        """SHA-256 of the basis."""
+        return hashlib.sha256(self.basis.numpy().tobytes()).hexdigest()
 
 
-class _Wire(torch.autograd.Function):
-    """Rounds to the wire's dtype in both directions: activations forward, their gradients backward."""
+class SubspaceLink(nn.Module):
+    """One compressed boundary: `send` at the end of a stage, `receive` at the start of the next.
 
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = dtype  # type: ignore[attr-defined]
-        return x.to(dtype).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0]
-        return grad.to(ctx.dtype).to(grad.dtype), None  # type: ignore[attr-defined]
-
-
-class StageLink(nn.Module):
-    """One boundary between stages; the identity unless a subclass says otherwise.
-
-    `send` runs at the end of a stage and `receive` at the start of the next; what lies between, and its
-    gradient, is all that crosses the link. `forward` is both, for use inside one process.
+    anchors: the table [vocab, hidden] of both ends, orthogonal to the subspace; it may be replaced between
+    steps. A boundary that is not compressed has no link.
     """
 
-    kind: LinkKind = "identity"
-
-    def __init__(self, hidden: int, wire_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, space: Subspace, anchors: Tensor) -> None:
         super().__init__()
-        self.hidden, self.wire_dtype = hidden, wire_dtype
-
-    @property
-    def width(self) -> int:
-        """Numbers a token that cross the link."""
-        return self.hidden
-
-    def bytes_per_token(self) -> int:
-        """Bytes a token that cross the link each way, without the token ids."""
-        return self.width * self.wire_dtype.itemsize
-
-    def send(self, x: Tensor, ids: Tensor) -> Tensor:
-        """What crosses: x [..., hidden], ids [...] -> [..., width]."""
-        return _Wire.apply(x, self.wire_dtype)
-
-    def receive(self, z: Tensor, ids: Tensor) -> Tensor:
-        """Inverse of `send` at the other end: [..., hidden]."""
-        return z
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.receive(self.send(x, ids), ids)
-
-
-class SubspaceLink(StageLink):
-    """Sends the coordinates in the subspace of what the anchors do not explain.
-
-    `projection`: for layers of any form, lossy where the stream leaves the subspace. `constrained`: for
-    stages built of `SubspaceLinear` and `SubspaceEmbedding`, exact but for rounding; `check` measures it.
-    """
-
-    def __init__(
-        self,
-        space: Subspace,
-        kind: Literal["projection", "constrained"] = "constrained",
-        wire_dtype: torch.dtype = torch.float32,
-        anchored: bool = True,
-    ) -> None:
-        super().__init__(space.hidden, wire_dtype)
-        self.kind = kind
-        self.anchored = anchored
+        self.space = space
         self.register_buffer("basis", space.basis.clone(), persistent=False)
-        self.register_buffer("anchors", space.anchors.clone(), persistent=False)
+        self.register_buffer("anchors", anchors, persistent=False)
         self.basis: Tensor
         self.anchors: Tensor
+        self.bytes_sent = 0
+        """What this end has sent: activations, or gradients of what it received."""
 
-    @property
-    def width(self) -> int:
-        return self.basis.shape[1]
-
-    def _anchor(self, ids: Tensor, dtype: torch.dtype) -> Tensor | float:
-        return self.anchors[ids].to(dtype) if self.anchored else 0.0
-
-    def send(self, x: Tensor, ids: Tensor) -> Tensor:
-        return _Wire.apply((x - self._anchor(ids, x.dtype)) @ self.basis.to(x.dtype), self.wire_dtype)
+    def send(self, x: Tensor) -> Tensor:
+        """What crosses: x [..., hidden] -> [..., rank], in the type of x."""
+        z = x @ self.basis.to(x.dtype)
+        self._count(z)
+        return z
 
     def receive(self, z: Tensor, ids: Tensor) -> Tensor:
-        return z @ self.basis.to(z.dtype).t() + self._anchor(ids, z.dtype)
+        """The stream at the other end: z [..., rank], ids [...] -> [..., hidden], in the type of z.
+
+        The sum is formed in fp32: an anchor is larger than what the layers add to it.
+        """
+        if z.requires_grad:
+            z.register_hook(self._count)
+        return (z.float() @ self.basis.t() + self.anchors[ids].float()).to(z.dtype)
+
+    def _count(self, sent: Tensor) -> None:
+        self.bytes_sent += sent.numel() * sent.element_size()
 
     @torch.no_grad()
-    def check(self, x: Tensor, ids: Tensor) -> float:
+    def loss_of(self, x: Tensor, ids: Tensor) -> float:
         """Share of the norm of x that the link loses."""
-        return float((self(x, ids) - x).norm() / x.norm())
+        return float((self.receive(self.send(x), ids) - x).norm() / x.norm())
 
 
 class SubspaceLinear(nn.Module):
@@ -158,11 +118,11 @@ class SubspaceLinear(nn.Module):
 class SubspaceEmbedding(nn.Module):
     """Token embedding anchor + E U^T: anchors are frozen and known everywhere, E [vocab, rank] is learned."""
 
-    def __init__(self, space: Subspace) -> None:
+    def __init__(self, space: Subspace, vocab: int, std: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(space.anchors.shape[0], space.rank))
+        self.weight = nn.Parameter(torch.zeros(vocab, space.rank))
         self.register_buffer("basis", space.basis.clone(), persistent=False)
-        self.register_buffer("anchors", space.anchors.clone(), persistent=False)
+        self.register_buffer("anchors", space.random_anchors(vocab, std), persistent=False)
         self.basis: Tensor
         self.anchors: Tensor
 
@@ -170,54 +130,31 @@ class SubspaceEmbedding(nn.Module):
         return self.anchors[ids] + self.weight[ids] @ self.basis.t()
 
 
-def build_stage_links(
-    kind: LinkKind,
-    space: Subspace | None,
-    slow: list[bool],
-    *,
-    hidden: int,
-    wire_dtype: torch.dtype = torch.float32,
-    anchored: bool = True,
-) -> list[StageLink]:
-    """A link for every boundary; only the slow ones are compressed."""
-    if kind != "identity" and space is None:
-        raise ConfigError("stage_link.rank", None, f"must be given for kind {kind}")
-    return [
-        SubspaceLink(space, kind, wire_dtype, anchored)
-        if is_slow and kind != "identity" and space is not None
-        else StageLink(hidden, wire_dtype)
-        for is_slow in slow
-    ]
-
-
 @torch.no_grad()
 def project_writers(weights: list[Tensor], space: Subspace) -> float:
-    """Adaptation `project_writers`: after an outer step, W <- U U^T W on compressed replicas only.
+    """Adaptation `project_writers`: W <- U U^T W for the residual writers [hidden, in] before a slow link.
 
-    Exchanged pseudo-gradients are not in the subspace. Replicas with compressed links call this on their
-    residual writers [hidden, in] *after* the outer state has copied theta to them; the global parameters stay
-    unprojected, and what is discarded here must be part of the start from which the next pseudo-gradient is
-    measured. Returns the discarded share of the norm.
+    Exchanged pseudo-gradients are not in the subspace. Replicas with compressed links call this after the
+    outer state has copied theta to them; the global parameters stay unprojected, and what is discarded here
+    must be part of the start from which the next pseudo-gradient is measured. Returns the discarded share of
+    the norm.
     """
     lost = total = 0.0
     for weight in weights:
-        basis = space.basis.to(weight)
-        inside = basis @ (basis.t() @ weight)
-        lost += float((weight - inside).square().sum())
+        outside = space.outside(weight.t()).t()
+        lost += float(outside.square().sum())
         total += float(weight.square().sum())
-        weight.copy_(inside)
+        weight.sub_(outside)
     return (lost / total) ** 0.5 if total else 0.0
 
 
 @torch.no_grad()
-def absorb_embedding_drift(learned: Tensor, static: Tensor, space: Subspace) -> None:
-    """Adaptation `absorb_embedding_drift`: what a sync pushed out of the subspace goes to the static table.
+def absorb_embedding_drift(table: Tensor, space: Subspace) -> Tensor:
+    """Adaptation `absorb_embedding_drift`: the anchors of a token table [vocab, hidden] after a sync.
 
-    learned, static: [vocab, hidden]; their sum is unchanged, afterwards the rows of `learned` lie in the
-    subspace. Every stage must apply the same update to its copy of `static` before the next micro-batch
-    (arXiv 2601.02360, equations 3 and 4).
+    Equations 3 and 4 of arXiv 2601.02360 split the table in a learned part T_S, which lies in the subspace,
+    and a static part: T_S <- T_S U U^T, static <- static + (T_S - T_S U U^T). The static part is therefore
+    always what the table of the last sync has outside of the subspace. Every stage at a compressed link must
+    hold the result before the next micro-batch.
     """
-    basis = space.basis.to(learned)
-    inside = (learned @ basis) @ basis.t()
-    static.add_(learned - inside)
-    learned.copy_(inside)
+    return space.outside(table)

@@ -11,8 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import pulp
-
 from ltrain.config.sync import SparseLoCo
 
 _STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 240)
@@ -84,6 +82,9 @@ def solve(
     other replica over its uplink and receives theirs over its downlink; both run at once, during compute when
     rounds overlap. When no choice meets the target, the fastest round is taken and the reason says so.
     """
+    # Only the rendezvous service solves: replicas need no solver.
+    import pulp
+
     replicas = sorted(step_s)
     options = choices_for(config, entries)
     steps = [h for h in _STEPS if config.steps_per_round <= h <= config.max_steps_per_round]

@@ -65,6 +65,19 @@ def run_identity(
 class Replica:
     """No peers: the whole run is this job."""
 
+    def join(self) -> bool:
+        """Enter the run, before the first step and after `load_state_dict`; may be called again.
+
+        Returns whether the parameters are now those of another replica.
+        """
+        return False
+
+    def restart(self) -> None:
+        """Take the parameters as they are now for the global ones; before `join`."""
+
+    def count_from_here(self) -> None:
+        """Count local progress from the parameters as they are now; needs `adapts`."""
+
     def reduce_gradients(self, gradients: dict[str, Tensor]) -> dict[str, float]:
         """Average gradients over replicas, in place, after backward; returns `sync/...` metrics."""
         return {}
@@ -111,7 +124,7 @@ class EveryStepSync(Replica):
                 gradient.copy_(aggregate(sent, "mean", False, gradient.device).update)
             self.round = commit.round + 1
         self.exchange.applied(self.round, {})
-        return outcome.metrics | {"sync/round_s": time.perf_counter() - began}
+        return outcome.metrics | {"sync/round_time_s": time.perf_counter() - began}
 
     def state_dict(self) -> dict[str, Any]:
         return {"round": self.round}
@@ -132,9 +145,10 @@ class RoundSync(Replica):
         parameters: dict[str, Tensor],
         identity: RunIdentity,
         exchange: Exchange,
+        adapts: bool = False,
     ) -> None:
         self.config, self.identity, self.exchange = config, identity, exchange
-        self.outer = OuterState(config, parameters)
+        self.outer = OuterState(config, parameters, adapts=adapts)
         # A joining replica may ask for the state while a round is applied.
         self._lock = threading.Lock()
         self.steps_per_round = config.steps_per_round
@@ -145,10 +159,9 @@ class RoundSync(Replica):
         self._reason = ""
         self._round_s = 0.0
 
-    def join(self) -> None:
-        """Enter the run, before the first step and after `load_state_dict`; fetches the state if behind."""
+    def join(self) -> bool:
         if self._joined:
-            return
+            return False
         self._joined = True
         outcome = self.exchange.join(self.outer.round, self._digests())
         if outcome is not None:
@@ -159,6 +172,13 @@ class RoundSync(Replica):
         if self._pending is not None:
             self.exchange.start(self.outer.round, self._pending, {})
         self._began = time.perf_counter()
+        return outcome is not None
+
+    def restart(self) -> None:
+        self.outer.take_parameters()
+
+    def count_from_here(self) -> None:
+        self.outer.restart()
 
     def after_step(self, step: int) -> SyncReport | None:
         self.join()
@@ -250,14 +270,14 @@ class RoundSync(Replica):
         entries = sum(theta.numel() for theta in self.outer.theta.values())
         metrics = outcome.metrics | self.outer.norms
         metrics |= {
-            "round": float(self.outer.round),
-            "round_s": time.perf_counter() - began,
+            "outer_steps": float(self.outer.round),
+            "round_time_s": time.perf_counter() - began,
             "steps": float(self.steps_per_round),
             "density": self.outer.density,
             "bits": float(self.outer.bits),
         }
         if metrics.get("bytes_up"):
-            metrics["ratio"] = 4.0 * entries * max(1.0, metrics["receivers"]) / metrics["bytes_up"]
+            metrics["compression"] = 4.0 * entries * max(1.0, metrics["receivers"]) / metrics["bytes_up"]
         return SyncReport(
             self.outer.round, {f"sync/{name}": value for name, value in sorted(metrics.items())}, self._reason
         )
@@ -305,13 +325,15 @@ def build_sync(
     shard_of: ShardOf | None = None,
     rank: int = 0,
     num_ranks: int = 1,
+    adapts: bool = False,
     exchange: Exchange | None = None,
 ) -> Replica:
     """The synchronisation of this rank's `parameters` with their counterparts in other replicas.
 
     parameters: name -> local tensor, updated in place (see `OuterState`); model: anything that identifies
     the model and its settings; shard_of: name -> shard, the unit that one rank owns in the finest-cut
-    replica (default: all in one); rank, num_ranks: of this process in its replica. `exchange` replaces the
+    replica (default: all in one); rank, num_ranks: of this process in its replica; adapts: see `OuterState`.
+    `exchange` replaces the
     transport that `config.peers` describes. Raises ConfigError on a wrong configuration, SyncError when the
     other replicas refuse this one.
     """
@@ -328,7 +350,7 @@ def build_sync(
         exchange = PeerExchange(config.peers, identity, rank=rank, num_ranks=num_ranks)
     if isinstance(config, EveryStep):
         return EveryStepSync(config, identity, exchange)
-    sync = RoundSync(config, parameters, identity, exchange)
+    sync = RoundSync(config, parameters, identity, exchange, adapts)
     serve = getattr(exchange, "serve_snapshots", None)
     if serve is not None:
         serve(sync.snapshot)

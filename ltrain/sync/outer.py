@@ -25,17 +25,23 @@ class OuterState:
     One round (arXiv 2508.15706, algorithm 1): `contribute` forms delta = theta - local, a = decay e + delta,
     sends Q(TopK(a)) and keeps e = a - sent; `apply` moves theta by the aggregated contributions and copies it
     to the parameters.
+
+    adapts: this replica changes its parameters between `reset_parameters` and its next step, and says so by
+    `restart` (`ltrain.train.stage_links`): the start of the local steps is then kept apart from theta.
     """
 
-    def __init__(self, config: DiLoCo | SparseLoCo, parameters: dict[str, Tensor]) -> None:
-        self.config = config
+    def __init__(
+        self, config: DiLoCo | SparseLoCo, parameters: dict[str, Tensor], *, adapts: bool = False
+    ) -> None:
+        self.config, self.adapts = config, adapts
         self.parameters = dict(sorted(parameters.items()))
         self.round = 0
         self.density = config.density if isinstance(config, SparseLoCo) else 1.0
         self.bits: int = config.bits
         self.theta = {name: _copy(p) for name, p in self.parameters.items()}
-        # Where the current inner steps started: theta, but for delayed updates.
-        self.start = {name: _copy(p) for name, p in self.parameters.items()} if self.delayed else self.theta
+        # Where the current inner steps started: theta, but for delayed updates and adapted replicas.
+        apart = self.delayed or adapts
+        self.start = {name: _copy(p) for name, p in self.parameters.items()} if apart else self.theta
         self.error: dict[str, Tensor] = {}
         if isinstance(config, SparseLoCo):
             self.error = {name: torch.zeros_like(p) for name, p in self.theta.items()}
@@ -144,8 +150,23 @@ class OuterState:
         """Start the next inner steps from theta."""
         for name, p in self.parameters.items():
             p.copy_(self.theta[name])
-            if self.delayed:
+            if self.start is not self.theta:
                 self.start[name].copy_(self.theta[name])
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Measure the next pseudo-gradient from the parameters as they are now, theta staying as it is."""
+        assert self.adapts
+        for name, p in self.parameters.items():
+            self.start[name].copy_(p)
+
+    @torch.no_grad()
+    def take_parameters(self) -> None:
+        """Make the parameters as they are now the global ones."""
+        for name, p in self.parameters.items():
+            self.theta[name].copy_(p)
+            if self.start is not self.theta:
+                self.start[name].copy_(p)
 
     def digest(self) -> str:
         """SHA-256 over theta, in order of name: equal on all replicas after every round."""
@@ -170,14 +191,14 @@ class OuterState:
         state: dict[str, Any] = {"round": self.round, "density": self.density, "bits": self.bits}
         for group in ("theta", "error", "momentum"):
             state[group] = {name: tensor.clone() for name, tensor in getattr(self, group).items()}
-        if self.delayed:
+        if self.start is not self.theta:
             state["start"] = {name: tensor.clone() for name, tensor in self.start.items()}
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back a `state_dict`. Raises ValueError where names or shapes differ."""
-        groups = ["theta", "error", "momentum"] + (["start"] if self.delayed else [])
+        groups = ["theta", "error", "momentum"] + (["start"] if self.start is not self.theta else [])
         for group in groups:
             mine, theirs = getattr(self, group), state[group]
             if set(mine) != set(theirs):

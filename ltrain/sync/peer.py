@@ -16,7 +16,7 @@ from ltrain.sync.dataplane import DataPlane, Remote
 from ltrain.sync.exchange import Commit, Outcome, RoundPlan, Snapshot, SnapshotSource, SyncError
 from ltrain.sync.frame import RunIdentity
 from ltrain.sync.payload import PayloadError
-from ltrain.sync.wire import Channel, Message, WireError, connect, load_token
+from ltrain.sync.wire import Channel, Message, WireError, address_towards, connect, load_token
 
 _log = logging.getLogger(__name__)
 _SNAPSHOT_TRIES = 5
@@ -46,11 +46,12 @@ class PeerExchange:
         self._closed = threading.Event()
         self._pulling = threading.Lock()
         port = peers.port + rank if peers.port else 0
+        self.host = peers.host or address_towards(self._address)
         self.plane = DataPlane(
             self.replica,
             identity,
             self._token,
-            (peers.host, port),
+            (self.host, port),
             self._on_body,
             self._on_bad,
             peers.max_wait_s,
@@ -97,7 +98,7 @@ class PeerExchange:
             "wait_s": time.perf_counter() - began,
         }
         for replica, speed in traffic.links.items():
-            outcome.metrics[f"mbit_s_from_{replica}"] = 8e-6 * speed
+            outcome.metrics[f"bandwidth/{replica}"] = speed
         return outcome
 
     def applied(self, round_: int, digests: dict[str, str]) -> None:
@@ -274,7 +275,7 @@ class PeerExchange:
             "replica": self.replica,
             "rank": self.rank,
             "num_ranks": self.num_ranks,
-            "host": self.peers.host,
+            "host": self.host,
             "port": self.plane.address[1],
             "shards": {shard: self.identity.shard_digest(shard) for shard in self.identity.shards},
             "fields": self.identity.fields,

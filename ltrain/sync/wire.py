@@ -213,6 +213,19 @@ def _handshake(sock: socket.socket, token: bytes, *, client: bool, max_body: int
     return Channel(sock, _proof(token, b"session", nonces), client=client, max_body=max_body)
 
 
+def address_towards(address: tuple[str, int]) -> str:
+    """This machine's address on the interface that leads to `address`. Raises ConfigError."""
+    try:
+        family, kind, _, _, resolved = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(resolved)  # of a datagram socket: nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(
+            "sync.peers.rendezvous", f"{address[0]}:{address[1]}", f"cannot be resolved: {error}"
+        ) from error
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConfigError where the address cannot be used."""
     try:

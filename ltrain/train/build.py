@@ -30,6 +30,7 @@ from ltrain.train.optimizer import build_optimizer
 from ltrain.train.plan import check_run, run_folder
 from ltrain.train.replicas import Replicas
 from ltrain.train.run import Run
+from ltrain.train.stage_links import StageLinks
 from ltrain.train.step import wrap_ddp
 
 log = logging.getLogger("ltrain")
@@ -61,6 +62,10 @@ def build_run(config: RunConfig) -> Run:
         min_tokens=config.eval.min_document_tokens,
     )
     optimizer = build_optimizer(config.optimizer, [ddp], bf16=train.dtype == "bf16")
+    links = StageLinks(config, plan.spec, model, optimizer, mesh)
+    # The outer state starts from whole parameters; what links ask for comes after it.
+    replicas = Replicas(config, plan.spec, model, ddp, optimizer, mesh, links)
+    replicas.start_local()
     return Run(
         config=config,
         folder=run_folder(config),
@@ -87,7 +92,8 @@ def build_run(config: RunConfig) -> Run:
         ),
         tokenizer=plan.tokenizer,
         source_rope=plan.source_rope,
-        replicas=Replicas(config, model, ddp, optimizer, mesh),
+        links=links,
+        replicas=replicas,
     )
 
 

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from ltrain.config.base import ConfigError
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import open_corpus
+from ltrain.model.spec import model_fingerprint
 from ltrain.parallel import seam
 from ltrain.parallel.mesh import init_process_group
 from ltrain.train.build import build_run
 from ltrain.train.checkpoint.folder import CheckpointError
 from ltrain.train.checkpoint.manager import CheckpointManager
 from ltrain.train.plan import check_run, write_config
-from ltrain.train.run import Run, model_fingerprint
+from ltrain.train.run import Run
 from ltrain.train.signals import die_with_parent
 from ltrain.train.trainer import NonFinite, Trainer
 

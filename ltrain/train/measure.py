@@ -79,6 +79,7 @@ class Measure:
             return
         local = {**times, **devices.memory_metrics(), "perf/step_time_s": seconds}
         local["balance/compute"] = times.get("time/forward_backward_s", 0.0)
+        local |= run.links.bytes_sent()
         if sync is not None:
             local |= sync.metrics
         if torch.cuda.is_available():

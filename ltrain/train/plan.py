@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from ltrain.attention.rope import Rope
+from ltrain.config.base import ConfigError
 from ltrain.config.schema import RunConfig
+from ltrain.config.stage_links import IdentityLinks, ProjectionLinks, slow_boundaries
 from ltrain.data.tokenizer import Tokenizer, load_tokenizer
 from ltrain.model.families import extend_rope, resolve_spec
 from ltrain.model.freeze import frozen_tensors
 from ltrain.model.sources import check_weights
-from ltrain.model.spec import ModelSpec
+from ltrain.model.spec import ModelSpec, Reparametrisation
 from ltrain.parallel.degrees import check_world, rows_per_step
 
 
@@ -49,11 +51,60 @@ def check_run(config: RunConfig, world_size: int) -> Plan:
     source_rope = spec.rope
     spec = extend_rope(spec, config.rope, context_length(config))
     spec.check_parallel(tensor=parallel.tensor, pipeline=parallel.pipeline)
+    spec = with_stage_links(spec, config)
+    check_stages(spec, config)
     frozen_tensors(spec, config.model)
     if spec.source is not None:
         check_weights(spec)
     rows = rows_per_step(config.train.tokens_per_step, config.train.seq_len, data_size)
     return Plan(spec, tokenizer, data_size, rows, source_rope)
+
+
+def with_stage_links(spec: ModelSpec, config: RunConfig) -> ModelSpec:
+    """The spec with the layers that `parallel.stage_links` asks for. Raises ConfigError where the model has
+    what would leave the subspace, or what two stages hold.
+    """
+    links = config.parallel.stage_links
+    if isinstance(links, IdentityLinks):
+        return spec
+    name = "parallel.stage_links"
+    if links.rank > spec.hidden_size:
+        raise ConfigError(f"{name}.rank", links.rank, f"must be in 1..hidden_size={spec.hidden_size}")
+    if spec.tie_embeddings:
+        rule = "needs a model with an output matrix of its own; this one uses the token embedding"
+        raise ConfigError(f"{name}.kind", links.kind, rule)
+    if spec.o_bias:
+        rule = "needs residual writers without a bias; this model's attention output has one"
+        raise ConfigError(f"{name}.kind", links.kind, rule)
+    if isinstance(links, ProjectionLinks):
+        return spec
+    pipeline = config.parallel.pipeline
+    slow = slow_boundaries(links, pipeline)
+    behind = spec.num_layers - (max(slow) + 1) * (spec.num_layers // pipeline) if slow else spec.num_layers
+    if links.free_layers > behind:
+        raise ConfigError(
+            f"{name}.free_layers",
+            links.free_layers,
+            f"must be at most {behind}, the layers behind the last compressed boundary",
+        )
+    return replace(spec, subspace=Reparametrisation(links.rank, links.seed, links.free_layers))
+
+
+def check_stages(spec: ModelSpec, config: RunConfig) -> None:
+    """Refuse stages that the replicas of a run cannot own alike. Raises ConfigError."""
+    peers, pipeline = config.sync.peers, config.parallel.pipeline
+    if peers is None:
+        return
+    if peers.stages % pipeline:
+        rule = f"must be a multiple of parallel.pipeline={pipeline}"
+        fix = "take the longest pipeline of the run's replicas"
+        raise ConfigError("sync.peers.stages", peers.stages, rule, fix)
+    if spec.num_layers % peers.stages:
+        rule = f"must divide the model's number of layers, {spec.num_layers}"
+        raise ConfigError("sync.peers.stages", peers.stages, rule)
+    if peers.stages > 1 and spec.tie_embeddings:
+        rule = "must be 1 for a model whose output matrix is its token embedding: two stages would hold it"
+        raise ConfigError("sync.peers.stages", peers.stages, rule)
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

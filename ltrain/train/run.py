@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import platform
 import subprocess
@@ -22,7 +20,7 @@ from ltrain.data.rows import Row
 from ltrain.data.tokenizer import Tokenizer
 from ltrain.metrics import devices
 from ltrain.model.language_model import LanguageModel
-from ltrain.model.spec import ModelSpec
+from ltrain.model.spec import ModelSpec, model_fingerprint
 from ltrain.parallel.mesh import Mesh
 from ltrain.train.assignment import Assignment
 from ltrain.train.checkpoint.folder import CheckpointError
@@ -36,6 +34,7 @@ from ltrain.train.checkpoint.manager import (
 from ltrain.train.checkpoint.pieces import optimizer_steps, pieces, set_optimizer_steps
 from ltrain.train.checkpoint.reading import CheckpointReader, restore_pieces
 from ltrain.train.replicas import Replicas
+from ltrain.train.stage_links import StageLinks
 
 log = logging.getLogger("ltrain")
 
@@ -62,6 +61,7 @@ class Run:
     checkpoints: CheckpointManager
     tokenizer: Tokenizer
     source_rope: Rope
+    links: StageLinks
     replicas: Replicas
     step: int = 0
     tokens: int = 0
@@ -82,7 +82,7 @@ class Run:
         """This rank's part of a checkpoint, copied to the host."""
         tensors, private = random_state()
         outer_tensors, private["sync"] = self.replicas.state()
-        tensors |= outer_tensors
+        tensors |= outer_tensors | self.links.state()
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -108,7 +108,9 @@ class Run:
             rank = dist.get_rank()
             set_random_state(reader.private_tensors(rank, "rng/"), reader.private[rank])
             self.replicas.load_state(reader.private_tensors(rank, "sync/"), reader.private[rank]["sync"])
+            self.links.load_state(reader.private_tensors(rank, "stage_links/"))
         else:
+            self.links.start_round(loaded=True)
             if self.replicas.active:
                 raise CheckpointError(
                     "the outer state of sync is bound to the layout: resume on the same degrees"
@@ -120,6 +122,7 @@ class Run:
         """Take only the parameters of another run's checkpoint."""
         found = list(pieces(self.model, self.optimizer, self.mesh))
         restore_pieces(reader, found, fresh_optimizer=True)
+        self.replicas.restart()
 
     def banner(self) -> list[str]:
         """What is about to run, for the log."""
@@ -157,13 +160,6 @@ class Run:
             else platform.processor() or "cpu",
             "parameters": self.spec.num_parameters,
         }
-
-
-def model_fingerprint(spec: ModelSpec) -> str:
-    """A hash of what must agree for a checkpoint to fit the model."""
-    facts = [spec.family, spec.hidden_size, spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim]
-    facts += [spec.ffn_hidden_size, spec.vocab_size, spec.tie_embeddings, spec.qkv_bias, spec.qk_norm]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def git_commit() -> str | None:

@@ -44,6 +44,7 @@ class Trainer:
         try:
             if run.step == 0 and config.eval.at_start:
                 self.evaluate()
+            run.replicas.join()
             while run.step < config.train.steps:
                 reason = self.stop.agreed(run.mesh.device)
                 if reason is not None:
@@ -86,6 +87,7 @@ class Trainer:
             set_learning_rate(run.optimizer, lr)
             with timers.phase("optimizer"):
                 outcome = optimizer_step(run.optimizer, config.optimizer.max_grad_norm)
+            run.links.after_step()
         run.step += 1
         with timers.phase("sync", host=True):
             report = run.replicas.after_step(run.step)

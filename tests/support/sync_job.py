@@ -6,9 +6,12 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -16,6 +19,7 @@ from ltrain.config.sync import DiLoCo, Peers, SparseLoCo
 from ltrain.sync.exchange import SyncError
 from ltrain.sync.methods import RoundSync, build_sync
 from ltrain.sync.outer import digest_of
+from ltrain.sync.wire import Channel
 
 
 def parameters(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -51,6 +55,48 @@ def run(arguments: list[str], log: str) -> None:
     main(arguments)
 
 
+def die_at(moment: str, round_: int, sync: RoundSync) -> None:
+    """Arrange for SIGKILL at a moment of this round or a later one: no handler runs, nothing is closed."""
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def due() -> bool:
+        return sync.outer.round >= round_
+
+    start, apply, send = sync.exchange.start, sync.outer.apply, Channel.send
+
+    def starting(*args: Any) -> None:
+        if moment == "before-send" and due():
+            kill()
+        start(*args)
+        if moment == "after-announce" and due():
+            kill()
+
+    def applying(*args: Any) -> dict[str, float]:
+        if moment == "before-apply" and due():
+            kill()
+        return apply(*args)
+
+    def sending(self: Channel, kind: str, fields: dict[str, Any] | None = None, body: bytes = b"") -> None:
+        if moment == "mid-push" and kind == "body" and due():
+            # The length of everything, then half of it.
+            sendall = self._sock.sendall
+            self._sock = SimpleNamespace(sendall=lambda data: (sendall(data[: len(data) // 2]), kill()))
+        send(self, kind, fields, body)
+
+    sync.exchange.start, sync.outer.apply, Channel.send = starting, applying, sending  # type: ignore
+
+
+def save(path: str, state: dict[str, Any], *, die: bool) -> None:
+    """Replace a checkpoint; `die` ends the process when half of the new one is written."""
+    torch.save(state, path + ".tmp")
+    if die:
+        os.truncate(path + ".tmp", os.path.getsize(path + ".tmp") // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.replace(path + ".tmp", path)
+
+
 def main(argv: list[str]) -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("config", help="JSON: kind and fields of the method")
@@ -63,7 +109,9 @@ def main(argv: list[str]) -> None:
     arguments.add_argument("--checkpoint", help="written after every round, read at the start if it is there")
     arguments.add_argument("--model", default="toy")
     arguments.add_argument("--corrupt", type=int, default=-1, help="round before which to spoil theta")
+    arguments.add_argument("--die", default=":-1", help="MOMENT:ROUND of a kill -9")
     options = arguments.parse_args(argv)
+    moment, die_round = options.die.split(":")
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     fields = json.loads(options.config)
@@ -85,6 +133,8 @@ def main(argv: list[str]) -> None:
             sync.load_state_dict(state["sync"])
             for name, p in own.items():
                 p.copy_(state["parameters"][name])
+            print(json.dumps({"resumed": sync.outer.round, "error": digest_of(sync.outer.error)[:12]}))
+        die_at(moment, int(die_round), sync)
         sync.join()
         at = 0
         while sync.outer.round < _last_round(options):
@@ -98,8 +148,9 @@ def main(argv: list[str]) -> None:
             if report is None:
                 continue
             if options.checkpoint:
-                torch.save({"sync": sync.state_dict(), "parameters": own}, options.checkpoint + ".tmp")
-                os.replace(options.checkpoint + ".tmp", options.checkpoint)
+                state = {"sync": sync.state_dict(), "parameters": own}
+                due = moment == "in-checkpoint" and sync.outer.round >= int(die_round)
+                save(options.checkpoint, state, die=due)
             stages = {s: digest_of({n: t for n, t in sync.outer.theta.items() if shard_of(n) == s})[:12]
                       for s in options.stages.split(",")}  # fmt: skip
             row = {

@@ -1,10 +1,12 @@
-"""Quality of the synchronisation methods on a small model: curves and a table.
+"""Quality of the synchronisation methods on a small model: one JSON file an arm and seed.
 
-    python tools/bench/sync_quality.py [--seeds 3] [--steps 240] [--out docs/benchmarks/sync_quality.json]
+    python tools/bench/sync_quality.py --workers 16 --out DIR     # resumable
+    python tools/bench/sync_quality_report.py DIR
 
-A byte-level GPT is pretrained by data parallelism, then trained on by every method from the same weights, on
-the same tokens: continued training is what the methods are for here. Replicas are simulated in one process
-with the code of a run (`OuterState`); bytes are those of real payloads.
+A byte-level GPT on the Python standard library. Two starts: `continued` goes on from weights that data
+parallelism has pretrained, which is what ltrain does with a model; `scratch` trains from random weights. All
+arms of a start and seed see the same tokens. Replicas are simulated in one thread with the code of a run
+(`OuterState`, `Subspace`, `project_writers`); bytes are those of real payloads.
 """
 
 from __future__ import annotations
@@ -13,28 +15,38 @@ import argparse
 import copy
 import json
 import math
+import multiprocessing
+import os
 import sysconfig
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltrain.config.sync import DiLoCo, SparseLoCo
-from ltrain.parallel.stage_link import StageLink, Subspace, SubspaceLink
+from ltrain.parallel.stage_link import Subspace, SubspaceEmbedding, SubspaceLinear, project_writers
 from ltrain.sync.outer import OuterState
 
 HIDDEN, LAYERS, HEADS, CONTEXT, VOCAB = 128, 2, 4, 64, 256
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    """Pre-norm; `space` makes its residual writers write into the subspace only."""
+
+    def __init__(self, space: Subspace | None = None) -> None:
         super().__init__()
+
+        def writer(inputs: int) -> nn.Module:
+            return nn.Linear(inputs, HIDDEN, bias=False) if space is None else SubspaceLinear(inputs, space)
+
         self.norm1, self.norm2 = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
-        self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
-        self.up, self.down = nn.Linear(HIDDEN, 4 * HIDDEN), nn.Linear(4 * HIDDEN, HIDDEN)
+        self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), writer(HIDDEN)
+        self.up, self.down = nn.Linear(HIDDEN, 4 * HIDDEN), writer(4 * HIDDEN)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
@@ -45,26 +57,67 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two stages of one layer; `link` stands on the boundary between them."""
+    """Two stages of one layer; `link` stands on the boundary between them.
 
-    def __init__(self) -> None:
+    With `space` the first stage is of reparametrised layers.
+    """
+
+    def __init__(self, space: Subspace | None = None) -> None:
         super().__init__()
-        self.embedding, self.position = nn.Embedding(VOCAB, HIDDEN), nn.Embedding(CONTEXT, HIDDEN)
-        self.blocks = nn.ModuleList([Block() for _ in range(LAYERS)])
+        self.embedding = (
+            nn.Embedding(VOCAB, HIDDEN) if space is None else SubspaceEmbedding(space, VOCAB, 0.02)
+        )
+        self.position = nn.Embedding(CONTEXT, HIDDEN)
+        self.blocks = nn.ModuleList([Block(space if i < LAYERS // 2 else None) for i in range(LAYERS)])
         self.norm, self.head = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, VOCAB)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(
-                    p, std=0.02 / (math.sqrt(2 * LAYERS) if "out" in name or "down" in name else 1)
-                )
+                writer = "out" in name or "down" in name
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * LAYERS) if writer else 1))
 
-    def forward(self, ids: Tensor, link: StageLink | None = None) -> Tensor:
+    def forward(self, ids: Tensor, link: Compressed | None = None) -> Tensor:
         x = self.embedding(ids) + self.position.weight[: ids.shape[1]]
         for i, block in enumerate(self.blocks):
             if i == LAYERS // 2 and link is not None:
                 x = link(x, ids)
             x = block(x)
         return self.head(self.norm(x))
+
+
+class Compressed:
+    """The link of a replica that is a pipeline of two slow workers.
+
+    What crosses is (x - anchor) U; the anchor is what the token and position tables have outside of the
+    subspace when a round starts. `projected` keeps the first stage's writers and tables inside the subspace
+    (adaptations `project_writers` and `absorb_embedding_drift`), so that nothing is lost on the way; without
+    it the link drops what lies outside.
+    """
+
+    def __init__(self, space: Subspace, model: Model, projected: bool) -> None:
+        self.basis, self.space, self.model, self.projected = space.basis, space, model, projected
+        self.tables = [model.embedding.weight, model.position.weight]
+        self.start_round()
+
+    def _outside(self, x: Tensor) -> Tensor:
+        return x - (x @ self.basis) @ self.basis.t()
+
+    @torch.no_grad()
+    def start_round(self) -> None:
+        self.anchors = [self._outside(table) for table in self.tables]
+        self.after_step()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if not self.projected:
+            return
+        stage = self.model.blocks[: LAYERS // 2]
+        project_writers([w.weight for block in stage for w in (block.out, block.down)], self.space)
+        for table, anchor in zip(self.tables, self.anchors, strict=True):
+            table.copy_(table - self._outside(table) + anchor)
+
+    def __call__(self, x: Tensor, ids: Tensor) -> Tensor:
+        anchor = self.anchors[0][ids] + self.anchors[1][: ids.shape[1]]
+        return ((x - anchor) @ self.basis) @ self.basis.t() + anchor
 
 
 class Corpus:
@@ -82,22 +135,22 @@ class Corpus:
         at = torch.randint(len(self.train) - CONTEXT - 1, (sequences, 1), generator=generator)
         return self.train[at + torch.arange(CONTEXT + 1)].long()
 
-    def test(self) -> Tensor:
-        at = torch.linspace(0, len(self.held_out) - CONTEXT - 2, 128).long()[:, None]
+    def test(self, sequences: int = 256) -> Tensor:
+        at = torch.linspace(0, len(self.held_out) - CONTEXT - 2, sequences).long()[:, None]
         return self.held_out[at + torch.arange(CONTEXT + 1)].long()
 
 
-def loss_of(model: Model, ids: Tensor, link: StageLink | None = None) -> Tensor:
+def loss_of(model: Model, ids: Tensor, link: Compressed | None = None) -> Tensor:
     return F.cross_entropy(model(ids[:, :-1], link).flatten(0, 1), ids[:, 1:].flatten())
 
 
 @torch.no_grad()
-def evaluate(model: Model, ids: Tensor) -> float:
-    return float(loss_of(model, ids))
+def evaluate(model: Model, ids: Tensor, link: Compressed | None = None) -> float:
+    return float(loss_of(model, ids, link))
 
 
 def optimizer_of(model: Model, lr: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
 
 
 def rate(step: int, steps: int, peak: float) -> float:
@@ -113,135 +166,244 @@ def update(model: Model, optimizer: torch.optim.AdamW, lr: float) -> None:
     optimizer.zero_grad()
 
 
-@dataclass
-class Method:
-    """A row of the table: a name, the method (None: every-step data parallelism), and links by replica."""
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: the method (None: every-step data parallelism) and which replicas are slow pipelines.
 
-    name: str
-    config: DiLoCo | SparseLoCo | None
+    `model` is `reparametrised` where all replicas have layers that write into the subspace only.
+    """
+
+    key: str
+    title: str
+    config: DiLoCo | SparseLoCo | None = None
+    start: Literal["continued", "scratch"] = "continued"
     compressed: tuple[int, ...] = ()
-    curve: list[float] = field(default_factory=list)
+    projected: bool = True
+    model: Literal["plain", "reparametrised"] = "plain"
+    lr_factor: float = 1.0
 
 
-def methods(h: int) -> list[Method]:
-    def sparse(k: int, bits: int = 1, **more: object) -> SparseLoCo:
+def arms(h: int, scratch_h: int) -> list[Arm]:
+    def sparse(k: int = 64, bits: int = 1, steps: int = h, **more: Any) -> SparseLoCo:
         fields = {"density": k / 4096, "bits": bits, "aggregation": "senders", "gain": 1.0} | more
-        return SparseLoCo(steps_per_round=h, **fields)  # type: ignore[arg-type]
+        return SparseLoCo(steps_per_round=steps, **fields)
 
-    return [
-        Method("every step (data parallel)", None),
-        Method("DiLoCo, gain 1 (momentum 0.5)", DiLoCo(steps_per_round=h, outer_momentum=0.5, gain=1.0)),
-        Method("DiLoCo, published (0.7, 0.9)", DiLoCo(steps_per_round=h)),
-        Method("SparseLoCo k=64, sign", sparse(64)),
-        Method("SparseLoCo k=64, 2-bit table", sparse(64, 2)),
-        Method("SparseLoCo k=256, sign", sparse(256)),
-        Method("SparseLoCo k=64, sign, delayed update", sparse(64, overlap="delayed")),
-        Method("mixed: stage links of half the replicas compressed", sparse(64), (2, 3)),
-        Method("mixed: all stage links compressed", sparse(64), (0, 1, 2, 3)),
+    def tuned(steps: int) -> DiLoCo:
+        return DiLoCo(steps_per_round=steps, outer_momentum=0.5, gain=1.0)
+
+    found = [
+        Arm("dp", "every step (data parallel)"),
+        Arm("diloco", "DiLoCo, momentum 0.5, gain 1", tuned(h)),
+        Arm("diloco-published", "DiLoCo, published 0.7 and 0.9", DiLoCo(steps_per_round=h)),
+        Arm("sparse-k16", "SparseLoCo k=16", sparse(16)),
+        Arm("sparse-k64", "SparseLoCo k=64", sparse()),
+        Arm("sparse-k256", "SparseLoCo k=256", sparse(256)),
+        Arm("sparse-k64-2bit", "SparseLoCo k=64, 2-bit table", sparse(bits=2)),
+        Arm(
+            "sparse-k64-published",
+            "SparseLoCo k=64, published: 2 bits, mean, rate 1",
+            SparseLoCo(steps_per_round=h),
+        ),
+        Arm("sparse-k64-noef", "SparseLoCo k=64, no error feedback", sparse(error_decay=0.0)),
+        Arm("sparse-k64-2h", f"SparseLoCo k=64, H={2 * h}", sparse(steps=2 * h)),
+        Arm("sparse-k64-delayed", "SparseLoCo k=64, delayed update", sparse(overlap="delayed")),
+        Arm("dp-2lr", "every step, twice the learning rate", lr_factor=2.0),
+        Arm("sparse-k64-2lr", "SparseLoCo k=64, twice the learning rate", sparse(), lr_factor=2.0),
     ]
+    slow = sparse(steps=scratch_h)
+    scratch = [
+        Arm("s-dp", "every step (data parallel)"),
+        Arm("s-diloco", "DiLoCo, momentum 0.5, gain 1", tuned(scratch_h)),
+        Arm("s-sparse", "SparseLoCo k=64", slow),
+        Arm("s-half", "mixed: links of half the replicas", slow, compressed=(2, 3)),
+        Arm("s-all", "all links", slow, compressed=(0, 1, 2, 3)),
+        Arm("s-half-lossy", "mixed, writers not projected", slow, compressed=(2, 3), projected=False),
+        Arm("s-all-lossy", "all, writers not projected", slow, compressed=(0, 1, 2, 3), projected=False),
+        Arm("s-reparametrised", "all links, reparametrised layers", slow, model="reparametrised"),
+    ]
+    return found + [Arm(**{**vars(arm), "start": "scratch"}) for arm in scratch]
 
 
-def train(method: Method, start: Model, corpus: Corpus, args: argparse.Namespace, space: Subspace) -> dict:
-    models = [copy.deepcopy(start) for _ in range(args.replicas if method.config else 1)]
-    optimizers = [optimizer_of(model, args.lr) for model in models]
-    link = SubspaceLink(space, "projection", anchored=False)
-    states = [OuterState(method.config, dict(m.named_parameters())) for m in models if method.config]
+def start_path(seed: int, args: argparse.Namespace) -> Path:
+    return args.out / f"start-{seed}-{args.pretrain_steps}-{args.pretrain_lr:g}.pt"
+
+
+def start_of(arm: Arm, seed: int, args: argparse.Namespace, space: Subspace) -> Model:
+    torch.manual_seed(seed)
+    model = Model(space if arm.model == "reparametrised" else None)
+    if arm.start == "continued":
+        model.load_state_dict(torch.load(start_path(seed, args), weights_only=True))
+    return model
+
+
+def schedule_of(arm: Arm, args: argparse.Namespace) -> tuple[int, float]:
+    """Steps and peak learning rate of an arm."""
+    if arm.start == "continued":
+        return args.continued_steps, args.continued_lr * arm.lr_factor
+    return args.scratch_steps, args.scratch_lr * arm.lr_factor
+
+
+def ring_bytes(model: Model, replicas: int) -> int:
+    """What a ring all-reduce in bfloat16 sends from every replica, a step."""
+    return round(2 * sum(p.numel() for p in model.parameters()) * 2 * (replicas - 1) / replicas)
+
+
+def train_every_step(arm: Arm, start: Model, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
+    steps, peak = schedule_of(arm, args)
+    optimizer, test, curve = optimizer_of(start, peak), corpus.test(), []
+    for step in range(steps):
+        ids = torch.cat([corpus.batch(step, r, args.sequences) for r in range(args.replicas)])
+        loss_of(start, ids).backward()
+        update(start, optimizer, rate(step, steps, peak))
+        if (step + 1) % args.eval_every == 0:
+            curve.append(evaluate(start, test))
+    return {"curve": curve, "bytes_up": ring_bytes(start, args.replicas) * steps}
+
+
+def train_rounds(
+    arm: Arm, start: Model, corpus: Corpus, args: argparse.Namespace, space: Subspace
+) -> dict[str, Any]:
+    """All replicas in turn; a round every `steps_per_round` steps, and one at the end for what is left."""
+    assert arm.config is not None
+    steps, peak = schedule_of(arm, args)
+    models = [copy.deepcopy(start) for _ in range(args.replicas)]
+    optimizers = [optimizer_of(model, peak) for model in models]
+    states = [
+        OuterState(arm.config, dict(model.named_parameters()), adapts=r in arm.compressed)
+        for r, model in enumerate(models)
+    ]
+    links = [Compressed(space, m, arm.projected) if r in arm.compressed else None
+             for r, m in enumerate(models)]  # fmt: skip
     test, curve, nbytes, flight = corpus.test(), [], 0, None
-    entries = sum(p.numel() for p in start.parameters())
-    for step in range(args.steps):
-        lr = rate(step, args.steps, args.lr)
-        if not states:
-            ids = torch.cat([corpus.batch(step, r, args.sequences) for r in range(args.replicas)])
-            loss_of(models[0], ids).backward()
-            update(models[0], optimizers[0], lr)
-            # What a ring all-reduce in bfloat16 sends from every replica.
-            nbytes += round(2 * entries * 2 * (args.replicas - 1) / args.replicas)
-        for r, model in enumerate(models if states else []):
-            boundary = link if r in method.compressed else None
-            loss_of(model, corpus.batch(step, r, args.sequences), boundary).backward()
-            update(model, optimizers[r], lr)
-        if states and (step + 1) % args.h == 0:
+
+    def restart() -> None:
+        for state, link in zip(states, links, strict=True):
+            state.reset_parameters()
+            if link is not None:
+                link.start_round()
+                state.restart()
+
+    for state, link in zip(states, links, strict=True):
+        if link is not None:
+            state.restart()
+    view = copy.deepcopy(start)
+    seen = Compressed(space, view, arm.projected) if len(arm.compressed) == args.replicas else None
+    for step in range(steps):
+        for r, (model, link) in enumerate(zip(models, links, strict=True)):
+            loss_of(model, corpus.batch(step, r, args.sequences), link).backward()
+            update(model, optimizers[r], rate(step, steps, peak))
+            if link is not None:
+                link.after_step()
+        if (step + 1) % arm.config.steps_per_round == 0 or step + 1 == steps:
             if flight is not None:
                 for state in states:
                     state.apply(flight)
             sent = {f"r{r}": state.contribute() for r, state in enumerate(states)}
             nbytes += sum(payload.nbytes for payload in sent["r0"].values()) * (args.replicas - 1)
-            if states[0].delayed:
+            if states[0].delayed and step + 1 < steps:
                 flight = sent
             else:
                 for state in states:
                     state.apply(sent)
-                    state.reset_parameters()
+                restart()
         if (step + 1) % args.eval_every == 0:
-            view = copy.deepcopy(models[0])
-            if states:
+            with torch.no_grad():
                 for name, p in view.named_parameters():
-                    p.data.copy_(states[0].theta[name])
-            curve.append(evaluate(view, test))
-    if flight is not None:
-        for state in states:
-            state.apply(flight)
-            state.reset_parameters()
-        curve[-1] = evaluate(models[0], test)
-    if states:
-        assert len({state.digest() for state in states}) == 1
-    return {"method": method.name, "curve": curve, "bytes_up": nbytes}
+                    p.copy_(states[0].theta[name])
+            if seen is not None:
+                seen.start_round()
+            curve.append(evaluate(view, test, seen))
+    if len({state.digest() for state in states}) != 1:
+        raise RuntimeError(f"{arm.key}: the replicas differ after the last round")
+    return {"curve": curve, "bytes_up": nbytes}
 
 
-def pretrain(model: Model, corpus: Corpus, steps: int, lr: float) -> None:
-    """Data parallelism on its own tokens, for the weights from which every method goes on."""
-    optimizer = optimizer_of(model, lr)
-    for step in range(steps):
+def run_arm(arm: Arm, seed: int, args: argparse.Namespace) -> str:
+    """Train one arm on one seed and write its file."""
+    torch.set_num_threads(1)
+    began, cpu = time.perf_counter(), time.process_time()
+    corpus, space = Corpus(seed), Subspace(HIDDEN, args.rank, 1234)
+    start = start_of(arm, seed, args, space)
+    at_start = evaluate(start, corpus.test())
+    train = train_every_step if arm.config is None else train_rounds
+    row = train(arm, start, corpus, args, *([space] if arm.config is not None else []))
+    row |= {"key": arm.key, "title": arm.title, "start_kind": arm.start, "seed": seed, "start": at_start}
+    row |= {"cpu_s": time.process_time() - cpu, "settings": settings(args)}
+    path = args.out / f"{arm.key}-{seed}.json"
+    path.with_suffix(".tmp").write_text(json.dumps(row))
+    path.with_suffix(".tmp").replace(path)
+    return f"{arm.key} seed {seed}: {row['curve'][-1]:.4f} ({time.perf_counter() - began:.0f} s)"
+
+
+def pretrain(seed: int, args: argparse.Namespace) -> str:
+    """Data parallelism on tokens of its own, for the weights from which the continued arms go on."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    model, corpus = Model(), Corpus(seed)
+    optimizer = optimizer_of(model, args.pretrain_lr)
+    for step in range(args.pretrain_steps):
         loss_of(model, corpus.batch(-1 - step, 0, 16)).backward()
-        update(model, optimizer, rate(step, steps, lr))
+        update(model, optimizer, rate(step, args.pretrain_steps, args.pretrain_lr))
+    path = start_path(seed, args)
+    torch.save(model.state_dict(), path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+    return f"pretrained seed {seed}: {evaluate(model, corpus.test()):.4f}"
 
 
-def main() -> None:
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides an arm's result; a file with other settings is not taken over."""
+    skipped = {"workers", "out", "only", "seeds", "first_seed"}
+    return {name: value for name, value in vars(args).items() if name not in skipped}
+
+
+def is_done(arm: Arm, seed: int, args: argparse.Namespace) -> bool:
+    path = args.out / f"{arm.key}-{seed}.json"
+    return path.exists() and json.loads(path.read_text())["settings"] == settings(args)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, one thread each")
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--pretrain", type=int, default=300)
-    parser.add_argument("--h", type=int, default=5)
+    parser.add_argument("--only", default="", help="keys of arms, by comma")
+    parser.add_argument("--continued-steps", type=int, default=900)
+    parser.add_argument("--scratch-steps", type=int, default=500)
+    parser.add_argument("--pretrain-steps", type=int, default=1500)
+    parser.add_argument("--h", type=int, default=15, help="local steps a round")
+    parser.add_argument("--scratch-h", type=int, default=5, help="the same from random weights")
     parser.add_argument("--replicas", type=int, default=4)
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--sequences", type=int, default=8, help="of 64 bytes, a replica and step")
+    parser.add_argument("--continued-lr", type=float, default=5e-4)
+    parser.add_argument("--scratch-lr", type=float, default=2e-3)
     parser.add_argument("--pretrain-lr", type=float, default=4e-3)
-    parser.add_argument("--eval-every", type=int, default=20)
+    parser.add_argument("--eval-every", type=int, default=50)
     parser.add_argument("--rank", type=int, default=16, help="of the stage links, of 128")
-    parser.add_argument(
-        "--start", default="", help="file for the pretrained weights, with {seed} in its name"
-    )
-    parser.add_argument("--only", default="", help="run the methods whose name contains this")
-    parser.add_argument("--out", default="docs/benchmarks/sync_quality.json")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = []
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        began = time.perf_counter()
-        torch.manual_seed(seed)
-        corpus, start = Corpus(seed), Model()
-        space = Subspace(HIDDEN, args.rank, VOCAB, 1234)
-        saved = Path(args.start.format(seed=seed)) if args.start else None
-        if saved is not None and saved.exists():
-            start.load_state_dict(torch.load(saved, weights_only=True))
-        else:
-            pretrain(start, corpus, args.pretrain, args.pretrain_lr)
-            if saved is not None:
-                torch.save(start.state_dict(), saved)
-        at_start = evaluate(start, corpus.test())
-        print(f"seed {seed}: start {at_start:.4f} ({time.perf_counter() - began:.0f} s)", flush=True)
-        for method in methods(args.h):
-            if args.only not in method.name:
-                continue
-            began = time.perf_counter()
-            row = train(method, start, corpus, args, space) | {"seed": seed, "start": at_start}
-            rows.append(row)
-            seconds = time.perf_counter() - began
-            print(f"seed {seed}: {row['method']}: {row['curve'][-1]:.4f} ({seconds:.0f} s)", flush=True)
-            Path(args.out).write_text(json.dumps({"arguments": vars(args), "rows": rows}))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    chosen = [arm for arm in arms(args.h, args.scratch_h) if not args.only or arm.key in args.only.split(",")]
+    todo = [(arm, seed) for arm in chosen for seed in seeds if not is_done(arm, seed, args)]
+    began = time.perf_counter()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
+        starts: dict[int, Future[str]] = {}
+        for seed in sorted({seed for arm, seed in todo if arm.start == "continued"}):
+            if not start_path(seed, args).exists():
+                starts[seed] = pool.submit(pretrain, seed, args)
+        jobs = [pool.submit(run_arm, arm, seed, args) for arm, seed in todo if arm.start == "scratch"]
+        for start in starts.values():
+            print(start.result(), flush=True)
+        jobs += [pool.submit(run_arm, arm, seed, args) for arm, seed in todo if arm.start == "continued"]
+        for job in as_completed(jobs):
+            print(f"{time.perf_counter() - began:5.0f} s: {job.result()}", flush=True)
 
 
 if __name__ == "__main__":

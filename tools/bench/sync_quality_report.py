@@ -1,6 +1,6 @@
-"""Table and curves from the JSON files of sync_quality.py.
+"""Tables and curves from the folder of JSON files that sync_quality.py writes.
 
-python tools/bench/sync_quality_report.py FILES... [--figure docs/benchmarks/sync_quality.svg]
+python tools/bench/sync_quality_report.py DIR [--figure docs/images/sync_quality.png]
 """
 
 from __future__ import annotations
@@ -10,50 +10,98 @@ import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+Rows = dict[int, dict[str, Any]]
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
+REFERENCES = {"continued": "dp", "scratch": "s-dp"}
+# Curves of the figure; the table has all arms.
+SHOWN = {
+    "continued": ["dp", "diloco", "diloco-published", "sparse-k16", "sparse-k64", "sparse-k256"],
+    "scratch": ["s-dp", "s-diloco", "s-sparse", "s-half", "s-half-lossy", "s-all", "s-all-lossy"],
+}
+
+
+def read(folder: Path) -> dict[str, Rows]:
+    """Rows by arm and seed, in the order in which the study lists the arms."""
+    found: dict[str, Rows] = defaultdict(dict)
+    for path in sorted(folder.glob("*.json")):
+        row = json.loads(path.read_text())
+        found[row["key"]][row["seed"]] = row
+    return found
+
+
+def table(arms: dict[str, Rows], kind: str, order: list[str]) -> list[str]:
+    """A row an arm: final loss by seed, its distance from data parallelism on the same seeds, and bytes."""
+    reference = arms[REFERENCES[kind]]
+    lines = [
+        "| method | final loss by seed | mean | beside data parallel | sent by a replica | fewer bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key in order:
+        rows = arms[key]
+        final = {seed: row["curve"][-1] for seed, row in sorted(rows.items())}
+        gaps = [100 * (loss / reference[seed]["curve"][-1] - 1) for seed, loss in final.items()]
+        spread = f" ({min(gaps):+.2f} to {max(gaps):+.2f})" if key != REFERENCES[kind] else ""
+        one = next(iter(rows.values()))
+        less = reference[one["seed"]]["bytes_up"] / one["bytes_up"]
+        lines.append(
+            f"| {one['title']} | {' '.join(f'{loss:.4f}' for loss in final.values())} "
+            f"| {statistics.mean(final.values()):.4f} | {statistics.mean(gaps):+.2f} %{spread} "
+            f"| {one['bytes_up'] / 1e6:.2f} MB | {less:.0f}x |"
+        )
+    return lines
+
+
+def draw(arms: dict[str, Rows], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.8))
+    for axes, (kind, shown) in zip(panels, SHOWN.items(), strict=True):
+        keys = [key for key in shown if key in arms]
+        if not keys:
+            continue
+        for key in keys:
+            rows = list(arms[key].values())
+            mean = [statistics.mean(at) for at in zip(*(row["curve"] for row in rows), strict=True)]
+            every = rows[0]["settings"]["eval_every"]
+            steps = [every * (i + 1) for i in range(len(mean))]
+            width = 2.5 if key == REFERENCES[kind] else 1.3
+            axes.plot(steps, mean, label=rows[0]["title"], linewidth=width)
+        axes.set_title({"continued": "continued training", "scratch": "from random weights"}[kind])
+        axes.set_xlabel("step")
+        axes.legend(fontsize=7)
+        # The end decides; the fall of the first steps would flatten it.
+        ends = [row["curve"][-1] for key in keys for row in arms[key].values()]
+        axes.set_ylim(min(ends) - 0.01, max(ends) + (0.1 if kind == "continued" else 0.5))
+    seeds = len({seed for rows in arms.values() for seed in rows})
+    panels[0].set_ylabel(f"held-out loss, nats a byte, mean of {seeds} seeds")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+")
-    parser.add_argument("--figure", default="docs/benchmarks/sync_quality.svg")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--figure", type=Path, default=Path("docs/images/sync_quality.png"))
     args = parser.parse_args()
-    curves: dict[str, dict[int, list[float]]] = defaultdict(dict)
-    nbytes, every, start = {}, 1, {}
-    for file in args.files:
-        found = json.loads(Path(file).read_text())
-        every = found["arguments"]["eval_every"]
-        for row in found["rows"]:
-            curves[row["method"]][row["seed"]] = row["curve"]
-            nbytes[row["method"]] = row["bytes_up"]
-            start[row["seed"]] = row["start"]
-    reference = next(name for name in curves if name.startswith("every step"))
-    print("| method | final loss by seed | mean | beside every step | sent by a replica | fewer bytes |")
-    print("|---|---|---|---|---|---|")
-    for name, seeds in curves.items():
-        final = {seed: curve[-1] for seed, curve in sorted(seeds.items())}
-        mean = statistics.mean(final.values())
-        gaps = [final[s] / curves[reference][s][-1] - 1 for s in final if s in curves[reference]]
-        values = " ".join(f"{value:.4f}" for value in final.values())
-        gap = f"{100 * statistics.mean(gaps):+.2f} %" if gaps else ""
-        less = nbytes[reference] / nbytes[name]
-        print(f"| {name} | {values} | {mean:.4f} | {gap} | {nbytes[name] / 1e6:.2f} MB | {less:.0f}x |")
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
-    for name, seeds in curves.items():
-        mean = [statistics.mean(values) for values in zip(*seeds.values(), strict=True)]
-        steps = [every * (i + 1) for i in range(len(mean))]
-        axes.plot(steps, mean, label=name, linewidth=2.5 if name == reference else 1.2)
-    axes.set_xlabel("step")
-    axes.set_ylabel(f"held-out loss, nats a byte, mean of {len(start)} seeds")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(args.figure)
+    arms = read(args.folder)
+    for kind, reference in REFERENCES.items():
+        if reference not in arms:
+            continue
+        of_kind = [key for key, rows in arms.items() if next(iter(rows.values()))["start_kind"] == kind]
+        mean = {key: statistics.mean(row["curve"][-1] for row in arms[key].values()) for key in of_kind}
+        starts = [row["start"] for row in arms[reference].values()]
+        print(f"\n{kind}: start {' '.join(f'{loss:.4f}' for loss in starts)}\n")
+        print("\n".join(table(arms, kind, sorted(of_kind, key=mean.__getitem__))))
+    every = [row for rows in arms.values() for row in rows.values()]
+    print(f"\n{len(every)} arms, {sum(row['cpu_s'] for row in every) / 60:.1f} core-minutes")
+    draw(arms, args.figure)
 
 
 if __name__ == "__main__":

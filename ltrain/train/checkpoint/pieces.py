@@ -101,7 +101,7 @@ def pieces(model: Any, optimizer: Any | None, mesh: Mesh) -> Iterator[Piece]:
     if optimizer is None:
         return
     for part in optimizer.chained_optimizers:
-        for param, main, first, last, only in _optimizer_runs(part):
+        for param, main, first, last, only in optimizer_runs(part):
             if param not in where:
                 continue
             full, boxes, owner = where[param]
@@ -120,7 +120,7 @@ def pieces(model: Any, optimizer: Any | None, mesh: Mesh) -> Iterator[Piece]:
                 yield Piece(kind, place, state[kind], writes)
 
 
-def _optimizer_runs(part: Any) -> Iterator[tuple[Tensor, Tensor, int, int, bool]]:
+def optimizer_runs(part: Any) -> Iterator[tuple[Tensor, Tensor, int, int, bool]]:
     """(model parameter, tensor that the optimizer steps, first, last, whether no other rank has it)."""
     if hasattr(part, "shard_fp32_from_float16_groups"):  # mcore's distributed optimizer
         pairs = (

@@ -86,9 +86,15 @@ class Lab:
     def kill(self, name: str) -> None:
         """kill -9; the name may be used again, its earlier reports are dropped."""
         self.signal(name, signal.SIGKILL)
-        self.end(name)
+        self.died(name)
+
+    def died(self, name: str) -> list[dict]:
+        """The reports of a process that SIGKILL has ended; the name may be used again."""
+        assert self.end(name) == -signal.SIGKILL
+        reports = self.lines(name)
         (self.folder / f"{name}.out").unlink()
         self._read.pop(name, None)
+        return reports
 
     def end(self, name: str, timeout_s: float = 60.0) -> int:
         """The exit code of a process, which is then forgotten."""
@@ -123,7 +129,7 @@ def digests_by_round(results: dict[str, list[dict]]) -> dict[tuple[int, str], se
     """For every round and shard the digests that were seen: one each when the replicas agree."""
     seen: dict[tuple[int, str], set[str]] = {}
     for reports in results.values():
-        for report in reports:
+        for report in (report for report in reports if "digests" in report):
             for shard, digest in report["digests"].items():
                 seen.setdefault((report["round"], shard), set()).add(digest)
     return seen

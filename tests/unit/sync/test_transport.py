@@ -6,6 +6,7 @@ import time
 from unit.sync.conftest import digests_by_round
 
 from ltrain.config.sync import SparseLoCo
+from ltrain.metrics.names import is_known
 from ltrain.sync.adapt import LinkPlanner
 
 
@@ -46,6 +47,34 @@ def test_a_killed_replica_rejoins_from_its_checkpoint(lab):
     _agree(results, range(first, first + 9))
     assert first > 3 and results["c"][-1]["metrics"]["sync/peers"] == 3
     assert results["a"][-1]["metrics"]["sync/included"] == 1
+
+
+def test_kill_at_every_moment_of_a_round(lab):
+    """c is killed again and again; the others go on, and c does with the error buffer that it had saved."""
+    lab.serve(3)
+    saves = ("--step-s", "0.05", "--checkpoint", str(lab.folder / "c"))
+    for name in "ab":
+        lab.job(name, "--step-s", "0.05")
+    lab.job("c", *saves)
+    lab.wait_round("c", 1)
+    lab.kill("c")
+    kept = None
+    for moment in ("before-send", "mid-push", "after-announce", "before-apply", "in-checkpoint"):
+        now = lab.lines("a")[-1]["round"]
+        lab.job("c", *saves, "--die", f"{moment}:{now + 4}")
+        resumed, *reports = lab.died("c")
+        assert kept is None or resumed["error"] == kept, moment
+        kept = reports[-1]["error"] if reports else resumed["error"]
+        assert lab.lines("a")[-1]["round"] > now
+    lab.job("c", *saves)
+    assert lab.line("c")["error"] == kept
+    first = lab.line("c")["round"]
+    lab.wait_round("c", first + 2)
+    lab.stop_after(first + 10)
+    results = lab.results()
+    _agree(results, range(first, first + 11))
+    last = results["c"][-1]["metrics"]
+    assert last["sync/peers"] == 3 and last["sync/included"] == 1
 
 
 def test_a_stalled_replica_is_not_waited_for_and_catches_up(lab):
@@ -131,4 +160,5 @@ def test_a_plan_made_from_measured_links_is_followed_by_all(lab):
     _agree(results, range(1, 6))
     plans = [[(r["metrics"]["sync/steps"], r["reason"]) for r in results[name]] for name in "ab"]
     assert plans[0] == plans[1] and "Mbit/s" in plans[0][-1][1]
-    assert all(r["metrics"]["sync/mbit_s_from_b"] > 0 for r in results["a"])
+    assert all(r["metrics"]["sync/bandwidth/b"] > 0 for r in results["a"])
+    assert all(is_known(name) for row in results["a"] for name in row["metrics"])
