@@ -97,8 +97,12 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _rendezvous(args: argparse.Namespace, overrides: list[str]) -> int:
     from ltrain.sync import serve
+    from ltrain.train.plan import run_folder
 
-    serve(_config(args, overrides).sync).wait()
+    config = _config(args, overrides)
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    serve(config.sync, log_path=folder / "rounds.jsonl").wait()
     return 0
 
 
@@ -163,7 +167,11 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--seed", type=int, default=0, help="seed of the draw")
     plan.add_argument("--png", type=Path, default=None, help="picture of the plan over time")
     plan.add_argument("--json", type=Path, default=None, help="the plan as JSON")
-    add("sync-rendezvous", _rendezvous, "Serve the meeting point of a run's replicas (section sync).")
+    add(
+        "sync-rendezvous",
+        _rendezvous,
+        "Serve the meeting point of a run's replicas (section sync); keeps OUTPUT/NAME/rounds.jsonl.",
+    )
     add("env", _env, "Versions, devices and which kernels are usable and why not.", config=False)
     text = "Measure links and kernels for the choice of schedule; under torchrun on all ranks."
     add("calibrate", _calibrate, text, config=False)

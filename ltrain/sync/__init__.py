@@ -1,7 +1,7 @@
 """Training over slow links: replicas train locally and exchange compressed pseudo-gradients."""
 
 from ltrain.sync.compress import compress, decompress
-from ltrain.sync.exchange import SyncError
+from ltrain.sync.exchange import SyncError, SyncRefused
 from ltrain.sync.methods import Replica, SyncReport, build_sync
 from ltrain.sync.payload import Payload, PayloadError
 from ltrain.sync.rendezvous import serve
@@ -11,6 +11,7 @@ __all__ = [
     "PayloadError",
     "Replica",
     "SyncError",
+    "SyncRefused",
     "SyncReport",
     "build_sync",
     "compress",

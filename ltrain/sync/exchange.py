@@ -17,6 +17,12 @@ class SyncError(RuntimeError):
     """The other replicas cannot be reached, or refuse this one; the job stops and can be resumed."""
 
 
+class SyncRefused(SyncError):
+    """The run has another model, setting or layout than this replica; its text names the field and both
+    values.
+    """
+
+
 @dataclass(frozen=True)
 class RoundPlan:
     """What the next round does, decided for all replicas at once: local steps, and per replica its codec."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ltrain.config.sync import Peers, parse_address
 from ltrain.sync.compress import decompress
 from ltrain.sync.dataplane import DataPlane, Remote
-from ltrain.sync.exchange import Commit, Outcome, RoundPlan, Snapshot, SnapshotSource, SyncError
+from ltrain.sync.exchange import Commit, Outcome, RoundPlan, Snapshot, SnapshotSource, SyncError, SyncRefused
 from ltrain.sync.frame import RunIdentity
 from ltrain.sync.payload import PayloadError
 from ltrain.sync.wire import Channel, Message, WireError, address_towards, connect, load_token
@@ -312,7 +312,7 @@ class PeerExchange:
             ]
             self._remotes = remotes
         elif message.kind == "refuse":
-            raise SyncError(
+            raise SyncRefused(
                 f"replica {self.replica} is refused: its {fields['field']} is {fields['yours']}, "
                 f"the run has {fields['ours']}"
             )

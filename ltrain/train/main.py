@@ -19,6 +19,7 @@ from ltrain.data.loader import open_corpus
 from ltrain.model.spec import model_fingerprint
 from ltrain.parallel import seam
 from ltrain.parallel.mesh import init_process_group
+from ltrain.sync import SyncError, SyncRefused
 from ltrain.train.build import build_run
 from ltrain.train.checkpoint.folder import CheckpointError
 from ltrain.train.checkpoint.manager import CheckpointManager
@@ -29,6 +30,7 @@ from ltrain.train.trainer import NonFinite, Trainer
 
 log = logging.getLogger("ltrain")
 
+EXIT_BAD_INPUT = 2
 EXIT_CHECKPOINT = 3
 EXIT_RESOURCES = 4
 
@@ -36,8 +38,9 @@ EXIT_RESOURCES = 4
 def train(config: RunConfig) -> int:
     """Run a training job, or this process's rank of it. Returns the exit code.
 
-    0 done; 2 the input is wrong; 3 no usable checkpoint; 4 out of a resource, or training diverged; 75
-    stopped on request. Input is checked before a process group starts.
+    0 done; 2 the input is wrong, or the other replicas refuse it; 3 no usable checkpoint; 4 out of a
+    resource, other replicas not reached, or training diverged; 75 stopped on request. Input is checked before
+    a process group starts.
     """
     die_with_parent()
     plan = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -53,6 +56,9 @@ def train(config: RunConfig) -> int:
     except (CheckpointError, NonFinite) as error:
         log.error("%s", error)
         return EXIT_CHECKPOINT if isinstance(error, CheckpointError) else EXIT_RESOURCES
+    except SyncError as error:
+        log.error("%s", error)
+        return EXIT_BAD_INPUT if isinstance(error, SyncRefused) else EXIT_RESOURCES
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         log.error("rank %d: out of device memory (%s). %s", dist.get_rank(), reason, _LEVERS)
