@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ltrain.attention.context import AttentionContext
-from ltrain.attention.context_parallel import context_parallel_attention
+from ltrain.attention.context_parallel import context_parallel_attention, plan_attention
 from ltrain.attention.patterns import Pattern
 from ltrain.attention.rope import Rope, apply_rope
+from ltrain.attention.schedules.engine import Schedule
+from ltrain.attention.schedules.verticals import Tiles
 from ltrain.attention.select import select_distributed
 from ltrain_kernels.block_sparse import BlockIndex
 
@@ -31,6 +33,18 @@ class AttentionSettings:
     total_kv_heads: int
     schedule: str = "auto"
     tensor_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a call of attention decided: blocks, single keys beside them, and the planned exchange.
+
+    A recomputation in the backward pass takes them as they are: nothing is selected or planned twice.
+    """
+
+    index: BlockIndex
+    verticals: Tiles | None
+    plan: Schedule
 
 
 class CoreAttention(nn.Module):
@@ -67,32 +81,66 @@ class CoreAttention(nn.Module):
         packed_seq_params: AttentionContext | None = None,
     ) -> Tensor:
         context = packed_seq_params
-        assert context is not None and context.layout is not None and context.rope_positions is not None
+        assert context is not None
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        positions = context.rope_positions
-        rope = self.settings.rope
+        out, _, _ = self.attend(q, k, v, context)
+        return out.transpose(0, 1).flatten(2)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: AttentionContext,
+        *,
+        decisions: Decisions | None = None,
+        saved: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Decisions]:
+        """(out [B, T, N, D], lse [B, N, T], decisions) of q [B, T, N, D] and k, v [B, T, K, D] before rotary
+        embedding.
+
+        With the `decisions` and the `saved` (out, lse) of an earlier call on equal inputs, nothing but the
+        rotary embedding is computed and no rank is asked anything: the result serves the backward pass.
+        """
+        assert context.layout is not None and context.rope_positions is not None
         if context.rope_tables is None:
-            context.rope_tables = rope.tables(positions, device=query.device)
+            context.rope_tables = self.settings.rope.tables(context.rope_positions, device=q.device)
         cos, sin = context.rope_tables
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        index, verticals = self._select(q, k, context)
-        out, _ = context_parallel_attention(
+        shared: dict[str, Any] = {
+            "layout": context.layout,
+            "group": context.group,
+            "doc_ids": context.doc_ids,
+            "window": self.settings.windows[self.layer],
+        }
+        if decisions is None:
+            index, verticals = self._select(q, k, context)
+            plan = plan_attention(
+                q,
+                k,
+                v,
+                index=index,
+                verticals=verticals,
+                schedule=self.settings.schedule,
+                node_size=context.node_size,
+                **shared,
+            )
+            decisions = Decisions(index, verticals, plan)
+        out, lse = context_parallel_attention(
             q,
             k,
             v,
-            layout=context.layout,
-            group=context.group,
-            index=index,
-            verticals=verticals,
-            doc_ids=context.doc_ids,
-            window=self.settings.windows[self.layer],
-            schedule=self.settings.schedule,
+            index=decisions.index,
+            verticals=decisions.verticals,
+            plan=decisions.plan,
             scale=self.scale,
             node_size=context.node_size,
+            saved=saved,
+            **shared,
         )
-        return out.transpose(0, 1).flatten(2)
+        return out, lse, decisions
 
-    def _select(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[BlockIndex, Any]:
+    def _select(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[BlockIndex, Tiles | None]:
         """The blocks to attend over the whole sequence, and single keys beside them where the pattern chooses
         any; equal on all ranks of the group.
         """

@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from ltrain.config.base import ConfigError, Section
 from ltrain.config.data import DataConfig
+from ltrain.config.memory import MemorySection
 from ltrain.config.model import ModelConfig
 from ltrain.config.parallel import AttentionSection, ParallelSection
 from ltrain.config.rope import KeepRope, RopeConfig
@@ -46,6 +47,8 @@ class RunConfig(Section):
     """How the work is laid over devices."""
     attention: AttentionSection = AttentionSection()
     """What attention computes."""
+    memory: MemorySection = MemorySection()
+    """What is saved for the backward pass."""
     sync: SyncConfig = EveryStep()
     """How replicas of the run, each a job of its own, stay together."""
     checkpoint: CheckpointSection = CheckpointSection()

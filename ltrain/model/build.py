@@ -24,7 +24,9 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import nn
 
+from ltrain.config.memory import MemoryLevel
 from ltrain.config.model import LoraAdapter
+from ltrain.model.layer import LeanTransformerLayer
 from ltrain.model.lora import LoraColumnParallelLinear, LoraRowParallelLinear
 from ltrain.model.spec import ModelSpec
 from ltrain.model.subspace import SubspaceRowParallelLinear, SubspaceWordEmbedding
@@ -114,12 +116,14 @@ def layer_spec(
     core_attention: Callable[..., nn.Module],
     lora: LoraAdapter | None = None,
     space: Subspace | None = None,
+    memory_level: MemoryLevel = "none",
 ) -> ModuleSpec:
     """One transformer layer of mcore's local modules around `core_attention`; with `space` its residual
     writers write into the subspace only.
 
     `core_attention` is called as mcore calls `DotProductAttention`, by keyword: config, layer_number,
-    attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection.
+    attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection. Memory levels other than
+    "none" need a `CoreAttention`.
     """
     targets = lora.targets if lora else ()
     column = ModuleSpec(module=LoraColumnParallelLinear, params={"lora": lora})
@@ -131,8 +135,10 @@ def layer_spec(
     if space is not None:
         proj = down = ModuleSpec(module=SubspaceRowParallelLinear, params={"space": space})
     qkv: Any = partial(LoraColumnParallelLinear, lora=lora) if "qkv" in targets else ColumnParallelLinear
+    lean = memory_level != "none"
     return ModuleSpec(
-        module=TransformerLayer,
+        module=LeanTransformerLayer if lean else TransformerLayer,
+        params={"level": memory_level} if lean else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -174,13 +180,15 @@ def build_model(
     variable_seq_lengths: bool = False,
     model_class: Callable[..., GPTModel] = GPTModel,
     lora: LoraAdapter | None = None,
+    memory_level: MemoryLevel = "none",
     options: dict[str, Any] | None = None,
     **model_arguments: Any,
 ) -> GPTModel:
     """This pipeline stage of the model, on this process's device, with uninitialised matrices.
 
     mcore's process groups must exist with the degrees given. `model_class` and `model_arguments` serve
-    subclasses of `GPTModel`; `lora` adds adapters; `options` are further fields of `TransformerConfig`.
+    subclasses of `GPTModel`; `lora` adds adapters; `memory_level` is `memory.level`; `options` are further
+    fields of `TransformerConfig`.
     Raises ConfigError where the degrees don't divide the model. Fill it with
     `ltrain.model.weights.import_model`.
     """
@@ -196,13 +204,13 @@ def build_model(
         **(options or {}),
     )
     per_stage = spec.num_layers // pipeline
-    layers = [layer_spec(spec, core_attention, lora)] * per_stage
+    layers = [layer_spec(spec, core_attention, lora, None, memory_level)] * per_stage
     space = None
     if spec.subspace is not None:
         space = Subspace(spec.hidden_size, spec.subspace.rank, spec.subspace.seed)
         first = get_transformer_layer_offset(config)
         held = max(0, min(per_stage, spec.num_layers - spec.subspace.free_layers - first))
-        layers = [layer_spec(spec, core_attention, None, space)] * held + layers[held:]
+        layers = [layer_spec(spec, core_attention, None, space, memory_level)] * held + layers[held:]
     with cpu_seam():
         model = model_class(
             config=config,

@@ -111,6 +111,7 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
     model = build_model(
         spec,
         lora=lora,
+        memory_level=config.memory.level,
         core_attention=partial(CoreAttention, settings=settings),
         model_class=LanguageModel,
         real_vocab_size=spec.vocab_size,

@@ -1,0 +1,176 @@
+"""The attention half of a transformer layer, x + proj(attention(qkv(norm(x)))), with few bytes saved.
+
+For the backward pass it saves x, the fused projection qkv, attention's output and the LSE, each once; the
+norm, qk-norms and rotary embedding are recomputed around them, and no matrix product runs twice. Attention
+is never run again, nor is its selection, plan or exchange: they are handed to the backward pass with the
+output and the LSE. With `save_qkv=False` qkv isn't saved either and its product runs a second time.
+
+Shape legend: S tokens of this rank in the residual, T tokens that attention sees (S without sequence
+parallelism), B batch, E hidden size, N query heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltrain.attention.context import AttentionContext
+from ltrain.attention.module import CoreAttention, Decisions
+from ltrain.parallel.linear import (
+    Gradients,
+    column_forward,
+    column_input,
+    column_vjp,
+    row_forward,
+    row_vjp,
+)
+from ltrain.parallel.seam import outside_seam
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """How to compute a tensor once more: `compute(*inputs)`, from tensors that are saved anyway."""
+
+    inputs: tuple[Tensor, ...]
+    compute: Callable[..., Tensor]
+
+
+class AttentionHalf:
+    """The attention half over the modules of an mcore layer: its input norm and its `SelfAttention`.
+
+    The modules stay where they are; this object only computes with them. `core_attention` must be a
+    `CoreAttention`.
+    """
+
+    def __init__(self, norm: nn.Module, attention: Any, *, save_qkv: bool = True) -> None:
+        if not isinstance(attention.core_attention, CoreAttention):
+            raise TypeError(f"needs CoreAttention, not {type(attention.core_attention).__name__}")
+        self.norm, self.attention, self.save_qkv = norm, attention, save_qkv
+        self.head_norms = tuple(n for n in (attention.q_layernorm, attention.k_layernorm) if n is not None)
+        self.parts = (norm, attention.linear_qkv, *self.head_norms, attention.linear_proj)
+
+    def __call__(
+        self, x: Tensor, context: AttentionContext, rows: Tensor | None = None
+    ) -> tuple[Tensor, Rebuild]:
+        """(y [S, B, E], how to rebuild y) of x [S, B, E].
+
+        `rows` int64 [kept], ascending, are the tokens of this rank that attention works on, the same number
+        on every tensor-parallel rank: only they are normed, projected and attended, and only their qkv,
+        output and LSE are saved; the other rows of y are those of x, bit for bit. `context` then describes
+        the sequence of the kept tokens: their layout, original rotary positions and documents.
+        """
+        parameters = [p for part in self.parts for p in part.parameters()]
+        y, out = _AttentionHalf.apply(x, self, context, rows, *parameters)
+        inputs = (x.detach(), out) if rows is None else (x.detach(), out, rows)
+        return y, Rebuild(inputs, self.add_projection)
+
+    def add_projection(self, x: Tensor, out: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x + proj(out), at `rows` if given."""
+        projected = row_forward(self.attention.linear_proj, out)
+        return projected.add_(x) if rows is None else x.index_add(0, rows, projected)
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, N, D] and k, v [B, T, K, D], heads normed, from the fused projection [T, B, ...].
+
+        The projection holds, for each kv head, its query heads, the key and the value.
+        """
+        attention = self.attention
+        groups, dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
+        per_group = attention.num_attention_heads_per_partition // groups
+        grouped = qkv.view(*qkv.shape[:2], groups, (per_group + 2) * dim)
+        q, k, v = grouped.split((per_group * dim, dim, dim), dim=3)
+        q = q.reshape(*q.shape[:2], groups * per_group, dim)
+        if attention.q_layernorm is not None:
+            q = attention.q_layernorm(q)
+        if attention.k_layernorm is not None:
+            k = attention.k_layernorm(k)
+        return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+
+    def vjp(
+        self,
+        qkv: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        context: AttentionContext,
+        decisions: Decisions,
+        sums: Gradients,
+    ) -> Tensor:
+        """Gradient of qkv [T, B, ...] for that of out [T, B, N * D]; adds those of the head norms to
+        `sums`."""
+        qkv = qkv.detach().requires_grad_()
+        weights = [p for norm in self.head_norms for p in norm.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            q, k, v = self.heads(qkv)
+            saved = (out.unflatten(2, q.shape[2:]).transpose(0, 1), lse)
+            again, _, _ = self.attention.core_attention.attend(
+                q, k, v, context, decisions=decisions, saved=saved
+            )
+            again = again.transpose(0, 1).flatten(2)
+        dqkv, *dweights = torch.autograd.grad(again, (qkv, *weights), dout)
+        for weight, gradient in zip(weights, dweights, strict=True):
+            sums.add(weight, gradient)
+        return dqkv
+
+
+class _AttentionHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        half: AttentionHalf,
+        context: AttentionContext,
+        rows: Tensor | None,
+        *parameters: nn.Parameter,
+    ) -> tuple[Tensor, Tensor]:
+        linear = half.attention.linear_qkv
+        normed = half.norm(x if rows is None else x.index_select(0, rows))
+        qkv = column_forward(linear, normed, column_input(linear, normed))
+        out, lse, ctx.decisions = half.attention.core_attention.attend(*half.heads(qkv), context)
+        out = out.transpose(0, 1).flatten(2)
+        ctx.half, ctx.context, ctx.parameters = half, context, parameters
+        ctx.save_for_backward(x, qkv if half.save_qkv else None, out, lse, rows)
+        ctx.mark_non_differentiable(out)
+        return half.add_projection(x, out, rows), out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        with outside_seam():
+            dx, sums = _backward(ctx, dy)
+        return dx, None, None, None, *sums.take()
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Gradients]:
+    x, qkv, out, lse, rows = ctx.saved_tensors
+    half, sums = ctx.half, Gradients(ctx.parameters)
+    linear = half.attention.linear_qkv
+    dy_rows = dy if rows is None else dy.index_select(0, rows)
+    dout = row_vjp(half.attention.linear_proj, out, dy_rows, sums)
+    x = (x.detach() if rows is None else x.index_select(0, rows)).requires_grad_()
+    with torch.enable_grad():
+        normed = half.norm(x)
+    n = normed.detach()
+    whole = column_input(linear, n) if qkv is None or linear.weight.requires_grad else None
+    if qkv is None:
+        qkv = column_forward(linear, n, whole)
+    dqkv = half.vjp(qkv, out, lse, dout, ctx.context, ctx.decisions, sums)
+    del qkv, out, dout
+    dnormed = column_vjp(linear, n, whole, dqkv, sums)
+    dx = norm_vjp(half.norm, x, normed, dnormed, sums)
+    return (dx.add_(dy) if rows is None else dy.index_add(0, rows, dx)), sums
+
+
+def norm_vjp(norm: nn.Module, x: Tensor, normed: Tensor, dnormed: Tensor, sums: Gradients) -> Tensor:
+    """Gradient of x, whose norm is `normed` with its graph; adds the norm's own gradients to `sums`."""
+    weights = [p for p in norm.parameters() if p.requires_grad]
+    dx, *dweights = torch.autograd.grad(normed, (x, *weights), dnormed)
+    for weight, gradient in zip(weights, dweights, strict=True):
+        sums.add(weight, gradient)
+    return dx
+
+
+__all__ = ["AttentionHalf", "Rebuild", "norm_vjp"]

@@ -1,0 +1,74 @@
+"""A transformer layer that saves few bytes for its backward pass, at exact gradients: `memory.level`.
+
+Level        saved a token, in elements                       computed again in the backward pass
+`norms`      x, qkv, out, x', gate, up                        norms, rotary embedding, activation
+`mlp`        x, qkv, out, x'                                  gate and up too, in tiles
+`full`       x, out                                           qkv, x' too
+
+x and x' are the residual before either half, out is attention's output; the LSE, 4 bytes a head, is saved
+besides, and the index of a dynamic pattern. Attention, its selection, its exchange and the product `down`
+never run twice. Adapters' rank-sized products do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from ltrain.attention.context import AttentionContext
+from ltrain.attention.half import AttentionHalf, Rebuild
+from ltrain.config.memory import MemoryLevel
+from ltrain.model.mlp import MlpHalf
+
+
+class LeanTransformerLayer(TransformerLayer):
+    """mcore's layer, modules and parameter names unchanged, computed in two halves that save little.
+
+    `attention_half(x, context)` gives the residual after attention and how to rebuild it; `mlp_half(x,
+    rebuild)` the layer's output. A replacement of the attention half keeps that signature. One that drops
+    tokens calls `self.lean_attention(x, context_of_kept_tokens, rows)`, which saves kept rows only; one
+    that computes something else builds on `ltrain.parallel.linear` and `AttentionHalf.vjp`.
+
+    Needs `CoreAttention`, RMSNorm or any other norm module, SwiGLU and no dropout.
+    """
+
+    def __init__(self, *args: Any, level: MemoryLevel, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        assert level != "none" and config.gated_linear_unit and config.activation_func is F.silu
+        assert config.hidden_dropout == 0 and config.activation_func_clamp_value is None
+        self.rebuilds_residual = level == "full"
+        self.lean_attention = AttentionHalf(
+            self.input_layernorm, self.self_attention, save_qkv=level != "full"
+        )
+        self.lean_mlp = MlpHalf(
+            self.pre_mlp_layernorm,
+            self.mlp,
+            save_gate_up=level == "norms",
+            # Wide enough for full-speed products, and no wider than the residual in bytes.
+            tile_tokens=max(1024, config.hidden_size),
+        )
+
+    def attention_half(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Rebuild | None]:
+        """x + attention(norm(x)), and how to compute it again where the MLP half must not save it."""
+        y, rebuild = self.lean_attention(x, context)
+        return y, rebuild if self.rebuilds_residual else None
+
+    def mlp_half(self, x: Tensor, rebuild: Rebuild | None = None) -> Tensor:
+        """x + mlp(norm(x))."""
+        return self.lean_mlp(x, rebuild)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: AttentionContext | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """(y, None) as mcore's block expects, x and y [S, B, E]."""
+        assert packed_seq_params is not None
+        return self.mlp_half(*self.attention_half(hidden_states, packed_seq_params)), None
