@@ -11,9 +11,13 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia import hopper
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ltrain_kernels.block_sparse.hopper_bwd import attention_dkdv_hopper, attention_dq_hopper
+from ltrain_kernels.block_sparse.hopper_fwd import attention_forward_hopper
 from ltrain_kernels.block_sparse.plan import Plan
 from ltrain_kernels.block_sparse.triton_bwd import attention_delta, attention_dkdv, attention_dq
 from ltrain_kernels.block_sparse.triton_config import (
@@ -28,6 +32,7 @@ from ltrain_kernels.block_sparse.triton_index import Launch, Lines, launch_of
 from ltrain_kernels.errors import require
 
 LOG2E = 1.4426950408889634
+GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 INTERPRETED = isinstance(attention_forward, InterpretedFunction)
 
 
@@ -40,6 +45,12 @@ class _Geometry:
     split_k: int
     block_d: int
     block_v: int
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the kernels with a written-out pipeline take this tile."""
+        square = self.pack * self.rows == self.tile.cols == 64
+        return self.tile.explicit and square and self.block_d == self.block_v and not INTERPRETED
 
 
 def _capability(x: Tensor) -> int:
@@ -80,14 +91,34 @@ def _use_descriptors(arch: int, *tensors: Tensor) -> bool:
     return arch >= 90 and all(aligned(x) for x in tensors)
 
 
-def _descriptor(x: Tensor, heads: int, rows: int, block_d: int) -> TensorDescriptor:
-    """Descriptor of x [B, T, H, D] seen as [B, H, T, D]: its bounds end at the head's last token."""
+def _head_major(x: Tensor) -> tuple[list[int], list[int]]:
+    """Shape and strides of x [B, T, H, D] seen as [B, H, T, D]: bounds then end at the head's last token."""
     shape = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
-    # The stride of an axis of one element is never used, but the engine wants it aligned.
+    # The stride of an axis of one element is never used, but the copy engine wants it aligned.
     strides = [
         s if n > 1 else 128 for s, n in zip((x.stride(0), x.stride(2), x.stride(1)), shape, strict=False)
     ]
-    return TensorDescriptor(x, shape, [*strides, 1], [1, heads, rows, block_d])
+    return shape, [*strides, 1]
+
+
+def _descriptor(x: Tensor, heads: int, rows: int, block_d: int) -> TensorDescriptor:
+    return TensorDescriptor(x, *_head_major(x), [1, heads, rows, block_d])
+
+
+def _gluon_descriptor(x: Tensor, heads: int, rows: int, block_d: int) -> hopper.TensorDescriptor:
+    box = [1, heads, rows, block_d]
+    layout = gl.NVMMASharedLayout.get_default_for(box, GLUON_TYPES[x.dtype])
+    return hopper.TensorDescriptor(x, *_head_major(x), box, layout)
+
+
+def _descriptors(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, geo: _Geometry) -> dict[str, Any]:
+    """Operands of the backward kernels with a written-out pipeline, all of them as descriptors."""
+    return {
+        "q": _gluon_descriptor(q, geo.pack, geo.rows, geo.block_d),
+        "k": _gluon_descriptor(k, 1, geo.tile.cols, geo.block_d),
+        "v": _gluon_descriptor(v, 1, geo.tile.cols, geo.block_d),
+        "dout": _gluon_descriptor(dout, geo.pack, geo.rows, geo.block_d),
+    }
 
 
 def _head_strides(x: Tensor) -> tuple[int, int, int]:
@@ -137,28 +168,36 @@ def _bounds(lines: Lines) -> dict[str, Any]:
     }
 
 
-def _shape_args(q: Tensor, k: Tensor, v: Tensor, geo: _Geometry, tma: bool, scale: float) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_warps": geo.tile.num_warps, "num_stages": geo.tile.num_stages}
+def _tile_args(q: Tensor, k: Tensor, geo: _Geometry, scale: float) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_warps": geo.tile.num_warps}
     if geo.tile.maxnreg is not None:
         options["maxnreg"] = geo.tile.maxnreg
     return {
         "num_q": q.shape[1],
         "num_k": k.shape[1],
+        "num_heads": q.shape[2],
         "scale_log2": scale * LOG2E,
         "GROUP": q.shape[2] // k.shape[2],
         "PACK": geo.pack,
         "ROWS": geo.rows,
-        "COLS": geo.tile.cols,
         "SPLIT_Q": geo.split_q,
         "SPLIT_K": geo.split_k,
         "D": q.shape[3],
         "BLOCK_D": geo.block_d,
+        **options,
+    }
+
+
+def _pipeliner_args(q: Tensor, v: Tensor, geo: _Geometry, tma: bool) -> dict[str, Any]:
+    """What only the kernels take whose pipeline the compiler makes."""
+    return {
+        "COLS": geo.tile.cols,
         "DV": v.shape[3],
         "BLOCK_DV": geo.block_v,
         "TMA": tma,
         "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        **options,
+        "num_stages": geo.tile.num_stages,
     }
 
 
@@ -204,17 +243,27 @@ def forward(
     group = heads // k.shape[2]
     arch = _capability(q)
     geo = geometry("forward", arch, q.element_size() * 8, group, q.shape[3], v.shape[3], launch, tile)
-    tma = _use_descriptors(arch, k, v)
     lines = launch.rows
     programs = len(lines.items) * geo.split_q * (1 if launch.per_query_head else group // geo.pack)
+    shared = {
+        "out": out, "lse": lse, **_strides(o=out), **_common(launch, lines), **_pattern(lines),
+        **_tile_args(q, k, geo, scale),
+    }  # fmt: skip
+    if geo.explicit and _use_descriptors(arch, q, k, v):
+        attention_forward_hopper[(programs,)](
+            q=_gluon_descriptor(q, geo.pack, geo.rows, geo.block_d),
+            k=_gluon_descriptor(k, 1, geo.tile.cols, geo.block_d),
+            v=_gluon_descriptor(v, 1, geo.tile.cols, geo.block_d),
+            **shared,
+        )  # fmt: skip
+        return out, lse
+    tma = _use_descriptors(arch, k, v)
     attention_forward[(programs,)](
         q=q,
         k=_descriptor(k, 1, geo.tile.cols, geo.block_d) if tma else k,
         v=_descriptor(v, 1, geo.tile.cols, geo.block_v) if tma else v,
-        out=out, lse=lse, num_heads=heads,
         ONE_LOOP=geo.tile.one_loop,
-        **_strides(q=q, k=k, v=v, o=out), **_common(launch, lines), **_pattern(lines),
-        **_shape_args(q, k, v, geo, tma, scale),
+        **_strides(q=q, k=k, v=v), **shared, **_pipeliner_args(q, v, geo, tma),
     )  # fmt: skip
     return out, lse
 
@@ -256,34 +305,48 @@ def backward(
             for x in into:
                 x.zero_()
         return
-    # Base 2, and +inf for rows without keys: then exp2(s - lse2) is 0 there, with no test in the kernels.
-    lse2 = torch.where(lse == float("-inf"), float("inf"), lse * LOG2E).contiguous()
     heads, kv_heads = q.shape[2], k.shape[2]
     group = heads // kv_heads
     arch = _capability(q)
     tma = _use_descriptors(arch, q, k, v, dout)
     sizes = (arch, q.element_size() * 8, group, q.shape[3], v.shape[3], launch)
-    shared = {
-        "lse2": lse2, "delta": delta.contiguous(), "num_heads": heads, "scale": scale,
-        "ACCUMULATE": accumulate, **_strides(q=q, k=k, v=v, do=dout),
-    }  # fmt: skip
+    shared = {"delta": delta.contiguous(), "scale": scale, "ACCUMULATE": accumulate}
+    geos = {name: geometry(name, *sizes, tile) for name, tile in zip(("dq", "dkdv"), tiles, strict=True)}
+    explicit = {name: geo.explicit and tma for name, geo in geos.items()}
+    lse = lse.contiguous()
+    if not all(explicit[part] for part in parts):
+        # Base 2, and +inf for rows without keys: then exp2(s - lse2) is 0 there, with no test in the kernels.
+        lse2 = torch.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
     if "dq" in parts:
-        lines, geo = launch.rows, geometry("dq", *sizes, tiles[0])
+        lines, geo = launch.rows, geos["dq"]
         programs = len(lines.items) * geo.split_q * (1 if launch.per_query_head else group // geo.pack)
-        attention_dq[(programs,)](
-            q=q, dout=dout, dq=dq,
-            k=_descriptor(k, 1, geo.tile.cols, geo.block_d) if tma else k,
-            v=_descriptor(v, 1, geo.tile.cols, geo.block_v) if tma else v,
-            **shared, **_strides(dq=dq),
-            **_common(launch, lines), **_pattern(lines), **_shape_args(q, k, v, geo, tma, scale),
-        )  # fmt: skip
+        named = {
+            **shared, "dq": dq, **_strides(dq=dq), **_common(launch, lines), **_pattern(lines),
+            **_tile_args(q, k, geo, scale),
+        }  # fmt: skip
+        if explicit["dq"]:
+            attention_dq_hopper[(programs,)](lse=lse, **_descriptors(q, k, v, dout, geo), **named)
+        else:
+            attention_dq[(programs,)](
+                q=q, dout=dout, lse2=lse2,
+                k=_descriptor(k, 1, geo.tile.cols, geo.block_d) if tma else k,
+                v=_descriptor(v, 1, geo.tile.cols, geo.block_v) if tma else v,
+                **_strides(q=q, k=k, v=v, do=dout), **named, **_pipeliner_args(q, v, geo, tma),
+            )  # fmt: skip
     if "dkdv" in parts:
-        lines, geo = launch.columns, geometry("dkdv", *sizes, tiles[1])
-        attention_dkdv[(len(lines.items) * geo.split_k,)](
-            k=k, v=v, dk=dk, dv=dv,
-            q=_descriptor(q, geo.pack, geo.rows, geo.block_d) if tma else q,
-            dout=_descriptor(dout, geo.pack, geo.rows, geo.block_v) if tma else dout,
-            **shared, **_bounds(lines), **_strides(dk=dk, dv=dv),
-            **_common(launch, lines), **_shape_args(q, k, v, geo, tma, scale),
-        )  # fmt: skip
+        lines, geo = launch.columns, geos["dkdv"]
+        programs = len(lines.items) * geo.split_k
+        named = {
+            **shared, "dk": dk, "dv": dv, **_strides(dk=dk, dv=dv), **_bounds(lines),
+            **_common(launch, lines), **_tile_args(q, k, geo, scale),
+        }  # fmt: skip
+        if explicit["dkdv"]:
+            attention_dkdv_hopper[(programs,)](lse=lse, **_descriptors(q, k, v, dout, geo), **named)
+        else:
+            attention_dkdv[(programs,)](
+                k=k, v=v, lse2=lse2,
+                q=_descriptor(q, geo.pack, geo.rows, geo.block_d) if tma else q,
+                dout=_descriptor(dout, geo.pack, geo.rows, geo.block_v) if tma else dout,
+                **_strides(q=q, k=k, v=v, do=dout), **named, **_pipeliner_args(q, v, geo, tma),
+            )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,8 @@ class Tile:
     """One launch choice: `rows` query rows (tokens x packed heads) by `cols` keys, warps, pipeline stages.
 
     `one_loop` (forward only): one loop that branches for partial blocks, so that their loads are prefetched
-    too; else a loop for full blocks and one for partial blocks.
+    too; else a loop for full blocks and one for partial blocks. `explicit`: the kernels of `hopper_fwd` and
+    `hopper_bwd`, whose pipeline is written out (sm_90, 16-bit inputs; one warp for 16 rows of the sums).
     """
 
     rows: int
@@ -35,6 +36,7 @@ class Tile:
     num_stages: int
     one_loop: bool = True
     maxnreg: int | None = None
+    explicit: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def derive_tile(key: TileKey) -> Tile:
         else:
             raise ValueError(f"no tile of {key} fits {limit} bytes of shared memory; use a smaller head size")
         tile = Tile(rows, cols, 4, stages)
-    return tile
+    explicit = key.arch == 90 and key.bits == 16 and key.head_dim in (64, 128) and rows == cols == 64
+    return replace(tile, explicit=explicit)
 
 
 @functools.cache

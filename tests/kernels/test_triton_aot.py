@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 from support.triton_aot import Report, Variant, compile_variant
 
-from ltrain_kernels.block_sparse.triton_config import SHARED_BYTES
+from ltrain_kernels.block_sparse.triton_config import SHARED_BYTES, Tile
 
 VARIANTS = {
     "delta": Variant("delta", 90),
@@ -31,6 +31,23 @@ VARIANTS = {
             "closed": {"closed": True, "block_q": 64, "block_k": 64, "group": 4, "pack": 1},
             "documents": {"docs": True, "window": True, "accumulate": kernel != "forward"},
             "head64": {"head_dim": 64, "dtype": "fp16"},
+        }.items()
+    },
+    # Where the pipeline is the compiler's: operands that the copy engine can't read, v of another size.
+    **{
+        f"{kernel}-pipeliner-{name}": Variant(kernel, 90, Tile(64, 64, 4, stages), **options)
+        for kernel, stages in (("forward", 3), ("dq", 2), ("dkdv", 2))
+        for name, options in {
+            "lists": {},
+            "documents": {"docs": True, "window": True, "accumulate": kernel != "forward"},
+        }.items()
+    },
+    **{
+        f"{kernel}-{name}": Variant(kernel, 90, **options)
+        for kernel in ("forward", "dkdv")
+        for name, options in {
+            "packed": {"block_q": 32, "block_k": 64, "group": 4, "pack": 2},
+            "per query head": {"group": 4, "per_query_head": True},
         }.items()
     },
     **{f"{kernel}-sm80": Variant(kernel, 80) for kernel in ("forward", "dq", "dkdv")},

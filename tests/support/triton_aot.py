@@ -11,12 +11,21 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from ltrain_kernels.block_sparse.hopper_bwd import attention_dkdv_hopper, attention_dq_hopper
+from ltrain_kernels.block_sparse.hopper_fwd import attention_forward_hopper
 from ltrain_kernels.block_sparse.triton_bwd import attention_delta, attention_dkdv, attention_dq
 from ltrain_kernels.block_sparse.triton_config import Tile, TileKey, choose_tile
 from ltrain_kernels.block_sparse.triton_fwd import attention_forward
 
 KERNELS = {"forward": attention_forward, "dq": attention_dq, "dkdv": attention_dkdv, "delta": attention_delta}
+HOPPER_KERNELS = {
+    "forward": attention_forward_hopper,
+    "dq": attention_dq_hopper,
+    "dkdv": attention_dkdv_hopper,
+}
 INTEGER_TABLES = {"items", "bounds", "entries", "pattern", "q_pos", "k_pos", "q_doc", "k_doc"}
 FLOAT_TABLES = {"lse", "lse2", "delta", "dlse"}
 
@@ -39,6 +48,7 @@ class Variant:
     docs: bool = False
     window: bool = False
     accumulate: bool = False
+    per_query_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,33 +73,34 @@ def shipped(variant: Variant) -> Tile:
 
 def compile_variant(variant: Variant) -> Report:
     """Compile for `cuda:arch`; registers, stack and instruction counts come from the wheel's cuobjdump."""
-    fn = KERNELS[variant.kernel]
     tma = variant.arch >= 90
     dim = variant.head_dim
     if variant.kernel == "delta":
-        tile = Tile(64, 64, 4, 3)
+        tile, boxes = Tile(64, 64, 4, 3), {}
         constants = {"ROWS": 64, "DV": dim, "BLOCK_DV": dim, "HAS_DLSE": True}
-        tma, streamed = False, {}
     else:
         tile = shipped(variant)
         pack = min(variant.pack, tile.rows)
         rows = min(variant.block_q, tile.rows // pack)
         pack = tile.rows // rows
         constants = {
-            "GROUP": variant.group, "PACK": pack, "PER_QUERY_HEAD": False, "ROWS": rows, "COLS": tile.cols,
-            "SPLIT_Q": variant.block_q // rows, "SPLIT_K": variant.block_k // tile.cols,
+            "GROUP": variant.group, "PACK": pack, "PER_QUERY_HEAD": variant.per_query_head, "ROWS": rows,
+            "COLS": tile.cols, "SPLIT_Q": variant.block_q // rows, "SPLIT_K": variant.block_k // tile.cols,
             "D": dim, "BLOCK_D": dim, "DV": dim, "BLOCK_DV": dim, "CLOSED": variant.closed,
-            "HAS_DOC": variant.docs,
-            "HAS_WINDOW": variant.window, "TMA": tma, "UPCAST": False,
-            "PRECISION": "ieee" if variant.dtype == "fp32" else "tf32",
+            "HAS_DOC": variant.docs, "HAS_WINDOW": variant.window, "ACCUMULATE": variant.accumulate,
+            "TMA": tma, "UPCAST": False, "PRECISION": "ieee" if variant.dtype == "fp32" else "tf32",
+            "ONE_LOOP": tile.one_loop,
         }  # fmt: skip
-        if variant.kernel == "forward":
-            constants["ONE_LOOP"] = tile.one_loop
-        else:
-            constants["ACCUMULATE"] = variant.accumulate
-        streamed = {"k": (1, tile.cols), "v": (1, tile.cols)}
+        of_queries, of_keys = [1, pack, rows, dim], [1, 1, tile.cols, dim]
+        boxes = {"k": of_keys, "v": of_keys}
         if variant.kernel == "dkdv":
-            streamed = {"q": (pack, rows), "dout": (pack, rows)}
+            boxes = {"q": of_queries, "dout": of_queries}
+        if tile.explicit:
+            boxes = {"q": of_queries, "dout": of_queries, "k": of_keys, "v": of_keys}
+        if not tma:
+            boxes = {}
+    fn = (HOPPER_KERNELS if tile.explicit else KERNELS)[variant.kernel]
+    constants = {name: value for name, value in constants.items() if name in fn.arg_names}
 
     signature, attrs = {}, {}
     for index, name in enumerate(fn.arg_names):
@@ -101,9 +112,8 @@ def compile_variant(variant: Variant) -> Report:
             signature[name] = "*fp32"
         elif name in ("scale", "scale_log2"):
             signature[name] = "fp32"
-        elif tma and name in streamed:
-            heads, tokens = streamed[name]
-            signature[name] = f"tensordesc<{variant.dtype}{[1, heads, tokens, dim]}>"
+        elif name in boxes:
+            signature[name] = _descriptor_type(variant.dtype, boxes[name], tile.explicit)
         elif name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
             grad = name in ("dq", "dk", "dv") and variant.accumulate
             signature[name] = "*fp32" if grad else f"*{variant.dtype}"
@@ -112,12 +122,26 @@ def compile_variant(variant: Variant) -> Report:
         strided = name[-2:] in ("_b", "_h", "_t") and not name.startswith(("bounds", "pattern"))
         if signature[name].startswith("*") or strided:
             attrs[(index,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps}
+    if not tile.explicit:
+        options["num_stages"] = tile.num_stages
     if tile.maxnreg is not None:
         options["maxnreg"] = tile.maxnreg
-    source = ASTSource(fn, signature, {(fn.arg_names.index(k),): v for k, v in constants.items()}, attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
+    source = GluonASTSource if tile.explicit else ASTSource
+    values = {(fn.arg_names.index(k),): v for k, v in constants.items()}
+    compiled = triton.compile(
+        source(fn, signature, values, attrs), target=GPUTarget("cuda", variant.arch, 32), options=options
+    )
     return inspect(compiled)
+
+
+def _descriptor_type(dtype: str, box: list[int], explicit: bool) -> str:
+    """Type of a tensor descriptor: where the pipeline is written out, the layout in shared memory is part of
+    it."""
+    if not explicit:
+        return f"tensordesc<{dtype}{box}>"
+    element = gl.bfloat16 if dtype == "bf16" else gl.float16
+    return f"tensordesc<{dtype}{box},{gl.NVMMASharedLayout.get_default_for(box, element)!r}>"
 
 
 def inspect(compiled) -> Report:

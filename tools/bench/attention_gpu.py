@@ -270,11 +270,13 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 # (dtype, head size, query heads, kv heads, block, form) of the checks against the definition, at 1,000
-# tokens.
+# tokens. "packed": key blocks of 64, so that the heads of a group share a tile of 64 rows.
 CHECKS = (
     (torch.bfloat16, 128, 2, 2, 128, "lists"),
     (torch.bfloat16, 128, 8, 2, 64, "lists"),
     (torch.bfloat16, 128, 4, 2, 32, "lists per query head"),
+    (torch.bfloat16, 128, 4, 2, 64, "lists per query head"),
+    (torch.bfloat16, 128, 4, 2, 32, "packed lists"),
     (torch.bfloat16, 128, 2, 2, 128, "closed"),
     (torch.bfloat16, 128, 8, 2, 64, "closed"),
     (torch.bfloat16, 128, 4, 2, 128, "documents"),
@@ -294,7 +296,8 @@ def check_definition(number: int) -> dict[str, Any]:
     dtype, dim, heads, kv_heads, block, form = CHECKS[number]
     torch.manual_seed(number)
     tokens = 1000
-    blocks = -(-tokens // block)
+    block_k = 64 if "packed" in form else block
+    blocks = -(-tokens // block), -(-tokens // block_k)
     qkv = [torch.randn(2, tokens, n, dim, device=DEVICE).to(dtype) for n in (heads, kv_heads, kv_heads)]
     dout = torch.randn(2, tokens, heads, dim, device=DEVICE).to(dtype)
     dlse = torch.randn(2, heads, tokens, device=DEVICE)
@@ -302,9 +305,9 @@ def check_definition(number: int) -> dict[str, Any]:
         residues = [h % 3 for h in range(kv_heads)]
         index: BlockIndex = strided(tokens, block, local=2, stride=3, residues=residues, sinks=1).to(DEVICE)
     else:
-        mask = torch.rand(1, heads if "query" in form else kv_heads, blocks, blocks, device=DEVICE) < 0.5
+        mask = torch.rand(1, heads if "query" in form else kv_heads, *blocks, device=DEVICE) < 0.5
         mask[:, :, 2] = False
-        index = BlockIndex.from_mask(mask, block, block)
+        index = BlockIndex.from_mask(mask, block, block_k)
     pos = torch.arange(tokens, dtype=torch.int32, device=DEVICE)
     call: dict[str, Any] = {"q_pos": pos, "k_pos": pos}
     if "documents" in form:
