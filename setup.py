@@ -25,7 +25,7 @@ setup(
         "pulp>=3.0",
         "highspy>=1.10",
         "wandb>=0.20",
-        "triton>=3.4; platform_system == 'Linux'",
+        "triton>=3.6; platform_system == 'Linux'",
         "nvidia-ml-py>=12",
         "numpy",
         "pydantic>=2.10",

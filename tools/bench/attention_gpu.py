@@ -17,7 +17,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,9 @@ CELLS = (
     Cell("S2 L8 v32", 131072, 32, 8, 64, stride=32, local=8),
 )
 
+# Only its index is built.
+MILLION = Cell("S2 L8 v32", 1 << 20, 32, 8, 64, stride=32, local=8)
+
 
 def causal_random(heads: int, blocks: int, kept: float, seed: int = 0) -> Tensor:
     """Bool [1, heads, blocks, blocks]: each causal block with probability `kept`, and the diagonal."""
@@ -112,23 +115,30 @@ def tensors(
 
 
 def median_ms(call: Callable[[], Any], repeats: int = 11, warmup: int = 3) -> float:
-    """Median time of a call on the GPU. All calls are queued before the first is waited for, so that the
-    host's part of a launch is hidden, as in training; a write of 256 MB before each clears the second-level
-    cache."""
-    for _ in range(warmup):
+    """Median time of a call on the GPU, of 5 calls where one takes longer than 0.1 s. All calls are queued
+    before the first is waited for, so that the host's part of a launch is hidden, as in training; a write of
+    256 MB before each clears the second-level cache."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    if time.perf_counter() - start > 0.1:
+        repeats, warmup = min(repeats, 5), 2
+    for _ in range(warmup - 2):
         call()
     flush = torch.empty(64 << 20, dtype=torch.int32, device=DEVICE)
     marks = []
     torch.cuda.synchronize()
     for _ in range(repeats):
         flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
         call()
-        end.record()
-        marks.append((start, end))
+        after.record()
+        marks.append((before, after))
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in marks)
+    return statistics.median(before.elapsed_time(after) for before, after in marks)
 
 
 def own_calls(cell: Cell, plan: Plan) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -186,6 +196,14 @@ def flex(cell: Cell, index: BlockIndex) -> Callable[[Tensor, Tensor, Tensor], Te
     )  # fmt: skip
 
 
+def compile_flex(number: int) -> None:
+    """Fill the compiler's cache on disk with what FlexAttention needs for one of CELLS."""
+    cell = CELLS[number]
+    forward, backward = autograd_calls(cell, flex(cell, make_index(cell)))
+    forward()
+    backward()
+
+
 @dataclass
 class Row:
     cell: str
@@ -224,7 +242,8 @@ class Results:
             writer.writerows(asdict(row) for row in self.rows)
 
 
-def time_cell(cell: Cell, kernels: list[str], results: Results) -> None:
+def build(cell: Cell) -> tuple[BlockIndex, Plan, float, float]:
+    """Index and plan of a cell, made ready for both directions; the MiB that they take, and the seconds."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     index = make_index(cell)
@@ -232,7 +251,11 @@ def time_cell(cell: Cell, kernels: list[str], results: Results) -> None:
     plan = prepare(index, q_pos=pos, k_pos=pos)
     launch = launch_of(plan, 1, cell.heads, cell.kv_heads, 4 * HEAD_DIM)
     torch.cuda.synchronize()
-    index_s = time.perf_counter() - start
+    return index, plan, (launch.nbytes + index.nbytes) / 2**20, time.perf_counter() - start
+
+
+def time_cell(cell: Cell, kernels: list[str], results: Results) -> None:
+    index, plan, plan_mib, index_s = build(cell)
     blocks = cell.tokens // cell.block
     density = index.nnz / (index.heads * blocks * (blocks + 1) // 2)
     gqa = cell.heads != cell.kv_heads
@@ -241,7 +264,7 @@ def time_cell(cell: Cell, kernels: list[str], results: Results) -> None:
         row = Row(cell.name, cell.tokens, f"{cell.heads}:{cell.kv_heads}", kernel, density)
         try:
             if kernel == "ltrain":
-                row.plan_mib, row.index_s = (launch.nbytes + index.nbytes) / 2**20, index_s
+                row.plan_mib, row.index_s = plan_mib, index_s
                 forward, backward = own_calls(cell, plan)
             elif kernel == "flex":
                 forward, backward = autograd_calls(cell, flex(cell, index))
@@ -330,10 +353,12 @@ def check_definition(number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_checks(results: Results) -> None:
-    """The small checks, several at a time because compiling takes most of them; then the long cells against
-    SDPA."""
-    with ProcessPoolExecutor(6, mp_context=multiprocessing.get_context("spawn")) as pool:
+def run_checks(results: Results, with_flex: bool) -> None:
+    """The small checks, many at a time because compiling takes most of them, and what FlexAttention compiles
+    beside them; then the long cells against SDPA."""
+    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # What doesn't compile is reported by its cell.
+        warming = [pool.submit(compile_flex, n) for n in range(len(CELLS)) if with_flex]
         for number, future in enumerate([pool.submit(check_definition, n) for n in range(len(CHECKS))]):
             try:
                 results.checks.append(future.result())
@@ -343,6 +368,7 @@ def run_checks(results: Results) -> None:
                 )
             if not results.checks[-1]["ok"]:
                 print("WRONG", results.checks[-1], flush=True)
+        wait(warming)
     for cell in CELLS[0], CELLS[4]:
         pos = torch.arange(cell.tokens, dtype=torch.int32, device=DEVICE)
         plan = prepare(make_index(cell), q_pos=pos, k_pos=pos)
@@ -378,10 +404,11 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(), "commit": args.commit,
     }  # fmt: skip
+    _, _, facts["million_token_index_mib"], facts["million_token_index_s"] = build(MILLION)
     print(facts, flush=True)
     results = Results(args.out, facts)
     if not args.skip_checks:
-        run_checks(results)
+        run_checks(results, "flex" in args.kernels)
     for cell in CELLS:
         kernels = [
             k for k in args.kernels if k not in ("fa2", "cudnn") or cell.name == "dense" or cell.stride

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,20 @@ from ltrain_kernels.block_sparse import BlockIndex, attention_delta, prepare
 from ltrain_kernels.block_sparse import triton_attention as kernels
 from ltrain_kernels.block_sparse.triton_config import TABLE, Tile, TileKey, load_table, save_table
 
-# (rows, cols, warps, stages, one loop) by kernel; those beyond a key's blocks are left out.
+# Candidates by kernel; those beyond a key's blocks are left out.
 CANDIDATES = {
     "forward": [
-        (64, 64, 4, 2, True), (64, 64, 4, 3, True), (128, 128, 8, 2, True), (128, 64, 8, 2, True),
-        (128, 64, 8, 3, True),
+        Tile(64, 64, 4, 3, explicit=True), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 128, 8, 2),
+        Tile(128, 64, 8, 2), Tile(128, 64, 8, 3),
     ],
-    "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2)],
-    "dkdv": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2)],
+    "dq": [
+        Tile(64, 64, 4, 2, explicit=True), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(128, 64, 8, 2),
+        Tile(128, 128, 8, 2),
+    ],
+    "dkdv": [
+        Tile(64, 64, 4, 2, explicit=True), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 128, 8, 2),
+        Tile(64, 128, 8, 3),
+    ],
 }  # fmt: skip
 
 
@@ -53,11 +60,10 @@ def tune(
     for name in only:
         key = TileKey(name, kernels._capability(q), 16, q.shape[-1], most_rows, min(128, block))
         lowest = None
-        for numbers in CANDIDATES[name]:
-            tile = Tile(*numbers)
+        for tile in CANDIDATES[name]:
             if tile.rows > most_rows or tile.cols > block:
                 continue
-            entry: dict[str, Any] = {"key": str(key), "tile": numbers, "tflops": []}
+            entry: dict[str, Any] = {"key": str(key), "tile": asdict(tile), "tflops": []}
             try:
                 times = []
                 for (cell, index, plan), (out, lse) in zip(cases, made, strict=True):
