@@ -5,6 +5,8 @@ does anything; without one,
 
 - `torch.cuda.current_device()` answers "cpu" and `torch.cuda.synchronize()` does nothing;
 - mcore's RNG tracker forks torch's CPU generator;
+- mcore's fused elementwise functions stay uncompiled: none is used, and `torch.compile` at import costs every
+  process two seconds;
 - inside `cpu_seam()` a `device="cuda"` argument becomes "cpu", `pin_memory=True` is dropped, `Tensor.cuda()`
   is the identity and `Tensor.type()` answers the `torch.cuda.*` name that mcore's optimizers compare with.
 
@@ -14,6 +16,7 @@ The mode costs a Python call per torch function, so it is entered around mcore's
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -72,6 +75,22 @@ def outside_seam() -> AbstractContextManager[Any]:
     """A context that leaves `cpu_seam()`, for our own code under an mcore call."""
     return torch._C.DisableTorchFunction() if on_cpu() else nullcontext()
 
+
+def _compile_nothing_of_mcore() -> None:
+    """Make `torch.compile`, where mcore's modules apply it while they are imported, the identity."""
+    compile_function = torch.compile
+
+    def maybe_compile(model: Any = None, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("megatron."):
+            return model if model is not None else lambda function: function
+        return compile_function(model, **kwargs)
+
+    torch.compile = maybe_compile  # type: ignore[assignment]
+
+
+if on_cpu():
+    _compile_nothing_of_mcore()
 
 _installed = False
 

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import ltrain.parallel.seam  # noqa: F401  before mcore, whose import is then cheaper
+
 
 def _rank_main(
     rank: int, world_size: int, store: str, fn: Callable[..., Any], args: tuple[Any, ...], results: Any
