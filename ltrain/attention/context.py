@@ -19,7 +19,8 @@ class AttentionContext(PackedSeqParams):
 
     `layout` and `group` say how the sequence is sharded; `rope_positions` int32 [T_local] are positions
     inside the document, in the shard's order; `doc_ids` int32 [T] names each token's document over the whole
-    sequence in document order (None: one document). Values that the layers share, such as RoPE tables and
+    sequence in document order (None: one document). `schedule` is the group's own exchange (None: the run's).
+    Values that the layers share, such as RoPE tables and
     indices of static patterns, are computed once through `cached`.
     """
 
@@ -30,6 +31,7 @@ class AttentionContext(PackedSeqParams):
     doc_ids: Tensor | None = None
     rope_tables: tuple[Tensor, Tensor] | None = None
     node_size: int | None = None
+    schedule: str | None = None
     densities: dict[int, float] = field(default_factory=dict)
     _cache: dict[Any, Any] = field(default_factory=dict)
 

@@ -121,7 +121,7 @@ class CoreAttention(nn.Module):
                 v,
                 index=index,
                 verticals=verticals,
-                schedule=self.settings.schedule,
+                schedule=context.schedule or self.settings.schedule,
                 node_size=context.node_size,
                 **shared,
             )

@@ -8,12 +8,14 @@ from pydantic import PositiveInt
 
 from ltrain.config.base import Section
 from ltrain.config.patterns import DenseFields, PatternConfig
+from ltrain.config.planner import AssignmentConfig, StaticAssignment
 from ltrain.config.stage_links import IdentityLinks, StageLinksConfig
 
 
 class ContextSection(Section):
     degree: PositiveInt = 1
-    """Ranks that share one sequence."""
+    """Ranks that share one sequence. Under a planned assignment groups have sizes of their own: degree x data
+    ranks are the pool that sequences are dealt to."""
     schedule: Literal[
         "auto",
         "ring",
@@ -45,6 +47,8 @@ class ParallelSection(Section):
     """Context parallelism."""
     stage_links: StageLinksConfig = IdentityLinks()
     """What crosses the boundaries of pipeline stages."""
+    assignment: AssignmentConfig = StaticAssignment()
+    """How each step's documents are assigned to ranks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward still runs."""
 

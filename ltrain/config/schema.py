@@ -9,6 +9,7 @@ from ltrain.config.data import DataConfig
 from ltrain.config.memory import MemorySection
 from ltrain.config.model import ModelConfig
 from ltrain.config.parallel import AttentionSection, ParallelSection
+from ltrain.config.planner import MeasuredCost, PlannedAssignment
 from ltrain.config.rope import KeepRope, RopeConfig
 from ltrain.config.stage_links import check_stage_links
 from ltrain.config.sync import EveryStep, SyncConfig
@@ -117,6 +118,8 @@ def check_sections(config: RunConfig) -> None:
         frozen=bool(config.model.freeze),
         delayed=config.sync.kind != "every_step" and config.sync.overlap == "delayed",
     )
+    if isinstance(parallel.assignment, PlannedAssignment):
+        check_planned(parallel, parallel.assignment)
     node_size = parallel.context.node_size
     if node_size is not None and parallel.context.degree % node_size:
         raise ConfigError(
@@ -124,3 +127,48 @@ def check_sections(config: RunConfig) -> None:
             node_size,
             f"must divide parallel.context.degree={parallel.context.degree}",
         )
+
+
+def check_planned(parallel: ParallelSection, section: PlannedAssignment) -> None:
+    """Raise ConfigError where fields contradict a planned assignment."""
+    context = parallel.context
+    rules: tuple[tuple[bool, str, object, str, str], ...] = (
+        (
+            context.schedule == "auto",
+            "parallel.context.schedule",
+            context.schedule,
+            "must be auto where parallel.assignment.kind=planned: each group has its own exchange",
+            "set parallel.assignment.schedules",
+        ),
+        (
+            context.layout == "striped",
+            "parallel.context.layout",
+            context.layout,
+            "must be striped where parallel.assignment.kind=planned: shares are counted in blocks",
+            "leave it out",
+        ),
+        (
+            context.node_size is None,
+            "parallel.context.node_size",
+            context.node_size,
+            "must be absent where parallel.assignment.kind=planned: nodes are those of the cluster",
+            "set parallel.assignment.cluster",
+        ),
+        (
+            parallel.pipeline == 1 or not isinstance(section.cost, MeasuredCost),
+            "parallel.assignment.cost.kind",
+            "measured",
+            f"needs parallel.pipeline=1, not {parallel.pipeline}: micro-batches overlap in a pipeline",
+            "give the constants: kind given",
+        ),
+        (
+            parallel.pipeline == 1 or section.calibrate == "off",
+            "parallel.assignment.calibrate",
+            "online",
+            f"needs parallel.pipeline=1, not {parallel.pipeline}: micro-batches overlap in a pipeline",
+            "set it to off",
+        ),
+    )
+    for holds, field, value, rule, fix in rules:
+        if not holds:
+            raise ConfigError(field, value, rule, fix)

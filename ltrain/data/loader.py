@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections import deque
@@ -34,9 +35,9 @@ class Loader:
     """Yields the steps of a run.
 
     `next_step` gives `tokens_per_step // seq_len` rows of `seq_len` tokens, or, with `packing: none`,
-    documents of at most `tokens_per_step` tokens in all. Where `prefetch` is set a thread reads the next step
-    meanwhile; the state is always that after the last step given out: seed, epoch, document cursor, open rows
-    (as references to documents), settings and fingerprint of the data, all plain JSON.
+    documents of at most `tokens_per_step` tokens in all. A thread reads the next `prefetch` steps meanwhile;
+    the state is always that after the last step given out: seed, epoch, document cursor, open rows (as
+    references to documents), settings and fingerprint of the data, all plain JSON.
 
     Raises ConfigError where the settings contradict the data.
     """
@@ -49,7 +50,7 @@ class Loader:
         seq_len: int,
         tokens_per_step: int,
         seed: int,
-        prefetch: bool = True,
+        prefetch: int = 1,
     ) -> None:
         if tokens_per_step % seq_len:
             lower = tokens_per_step // seq_len * seq_len
@@ -78,7 +79,8 @@ class Loader:
         self._order = corpus.epoch_order(seed, 0)
         self._state = self._snapshot()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data") if prefetch else None
-        self._pending: Future[tuple[Step, dict[str, Any]]] | None = None
+        self._prefetch = prefetch
+        self._pending: deque[Future[tuple[Step, dict[str, Any]]]] = deque()
         for store in corpus.stores:
             facts = store.facts
             log.info(
@@ -93,9 +95,15 @@ class Loader:
 
     def next_step(self) -> Step:
         """The next step; of `data/` metrics `truncated_tokens` and `split_documents` count from the start."""
-        step, self._state = self._pending.result() if self._pending else self._produce()
-        self._pending = self._thread.submit(self._produce) if self._thread else None
+        step, self._state = self._pending.popleft().result() if self._pending else self._produce()
+        while self._thread and len(self._pending) < self._prefetch:
+            self._pending.append(self._thread.submit(self._produce))
         return step
+
+    def upcoming(self) -> list[Step]:
+        """The steps that have been read already and come next, in order."""
+        done = itertools.takewhile(lambda f: f.done() and f.exception() is None, list(self._pending))
+        return [future.result()[0] for future in done]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the last step given out."""
@@ -103,9 +111,9 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises ConfigError where data or settings have changed since."""
-        if self._pending is not None:
-            self._pending.exception()  # the thread is done with the fields that change below
-            self._pending = None
+        for future in self._pending:
+            future.exception()  # the thread is done with the fields that change below
+        self._pending.clear()
         other = "or start from the checkpoint's parameters with checkpoint.init_from"
         if state["data"] != self.corpus.fingerprint:
             raise ConfigError(

@@ -43,6 +43,22 @@ class Row:
     def without_targets(self) -> Row:
         return replace(self, targets=False)
 
+    def parts(self) -> list[Row]:
+        """The pieces of the row that see nothing of each other, without padding: its documents, or, without a
+        document mask, the row itself. Targets, positions and visibility of a part are those it has here.
+        """
+        if not self.num_tokens:
+            return []
+        if not self.document_mask:
+            return [replace(self, tokens=self.tokens[: self.num_tokens])]
+        ends = np.cumsum(self.document_lengths)
+        pieces = [(piece,) for piece in self.pieces] or [()] * len(ends)
+        return [
+            replace(self, tokens=self.tokens[end - n : end], document_lengths=(n,), pieces=own)
+            for end, n, own in zip(ends, self.document_lengths, pieces, strict=True)
+            if n
+        ]
+
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, labels (the next token of the same document, else -100), positions and document ids, all
         int32 [T].
@@ -65,3 +81,30 @@ class Row:
         else:
             doc_ids[:used] = 0
         return self.tokens, labels, positions, doc_ids
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Parts of rows one after the other, none of which sees another, and padding up to `num_tokens`."""
+
+    parts: tuple[Row, ...]
+    num_tokens: int
+
+    @property
+    def document_lengths(self) -> tuple[int, ...]:
+        return tuple(n for part in self.parts for n in part.document_lengths)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """As `Row.arrays`; document ids number the parts."""
+        tokens = np.zeros(self.num_tokens, dtype=np.int32)
+        labels = np.full(self.num_tokens, IGNORE, dtype=np.int32)
+        positions = np.zeros(self.num_tokens, dtype=np.int32)
+        doc_ids = np.full(self.num_tokens, PADDING, dtype=np.int32)
+        at = 0
+        for number, part in enumerate(self.parts):
+            here = slice(at, at + part.num_tokens)
+            tokens[here], labels[here], positions[here], _ = part.arrays()
+            doc_ids[here] = number
+            at = here.stop
+        positions[at:] = np.arange(self.num_tokens - at)
+        return tokens, labels, positions, doc_ids

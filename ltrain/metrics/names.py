@@ -61,7 +61,9 @@ METRICS = _table(
     balance/tokens_max_over_mean | 1 | last | tokens of the fullest rank over mean
     balance/work_max_over_mean | 1 | last | attention work of the busiest rank over mean
     balance/comm_wait_frac | 1 | mean | share of the step spent waiting for the exchange
-    balance/lp_predicted_over_measured | 1 | last | planned over measured time of a step
+    balance/lp_predicted_over_measured | 1 | last | planned over measured time of forward and backward
+    balance/plan_gap | 1 | last | planned time over its proven lower bound, less 1
+    balance/plan_micro_batches | 1 | last | micro-batches of the plan
     balance/straggler_rank | rank | last | slowest rank over the last window (-1: none stands out)
     comm/bytes_intra_node | B | sum | attention exchange inside nodes, sent
     comm/bytes_inter_node | B | sum | attention exchange between nodes, sent

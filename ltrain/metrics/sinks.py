@@ -37,14 +37,17 @@ class JsonLines:
         kept = [] if resume_step is None else _lines_until(path, resume_step)
         if path.exists() and resume_step is None:
             # A fresh start in a used folder: keep the older record beside the new one.
-            path.rename(path.with_name(f"metrics.{int(time.time() * 1000)}.jsonl"))
+            path.rename(path.with_name(f"{path.stem}.{int(time.time() * 1000)}.jsonl"))
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept) or json.dumps({"schema": SCHEMA_VERSION}) + "\n")
         temporary.replace(path)
         self._file = path.open("a", buffering=1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        values = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
+        self.append(step, {k: (v if math.isfinite(v) else None) for k, v in metrics.items()})
+
+    def append(self, step: int, values: dict[str, Any]) -> None:
+        """Write a record of any JSON values."""
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
 
     def close(self) -> None:

@@ -235,6 +235,13 @@ def channel(group: Group, purpose: str, members: Sequence[int] | None = None) ->
         raise ValueError(f"rank {me} is no member of {ranks}")
     if len(ranks) == 1:
         return Channel(None, ranks, 0)
+    return Channel(subgroup(group, purpose, ranks), ranks, ranks.index(me))
+
+
+def subgroup(group: Group, purpose: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """A process group of its own for `purpose` over `ranks` of `group`, this one among them, made once; one
+    rank alone gets one too. As for `channel`, members ask in the same order, and others take no part.
+    """
     parent = group if group is not None else dist.group.WORLD
     assert parent is not None
     known = _communicators.setdefault(parent, {})
@@ -248,4 +255,4 @@ def channel(group: Group, purpose: str, members: Sequence[int] | None = None) ->
             # rest.
             dist.all_reduce(torch.zeros(1, device="cuda"), group=made)
         known[purpose, ranks] = made
-    return Channel(known[purpose, ranks], ranks, ranks.index(me))
+    return known[purpose, ranks]  # type: ignore[no-any-return]

@@ -68,6 +68,12 @@ class PlanAhead:
         else:
             self._send(step)
 
+    def discard(self, step: int) -> None:
+        """Forget a submitted step. Raises KeyError where it was not submitted."""
+        with self._changed:
+            del self._lengths[step], self._costs[step]
+            self._replies.pop(step, None)
+
     def take(self, step: int) -> Plan:
         """The plan of a submitted step. Raises KeyError where it was not submitted, ConfigError on bad
         lengths."""

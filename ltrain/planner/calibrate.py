@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,20 @@ class OnlineCalibration:
                 terms = group_seconds(group, plan.lengths, self._cluster, self._base)
                 self._rows.append((terms.attention, terms.linear, terms.exchange, terms.fixed))
                 self._measured.append(seconds)
+        if self._rows:
+            self._fit()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window, plain JSON."""
+        return {"rows": [list(row) for row in self._rows], "measured": list(self._measured)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from another calibration's window, made with the same cluster and cost model."""
+        self._rows.clear()
+        self._measured.clear()
+        self._rows.extend(tuple(float(value) for value in row) for row in state["rows"])
+        self._measured.extend(float(value) for value in state["measured"])
+        self.multipliers = np.ones(4)
         if self._rows:
             self._fit()
 

@@ -52,13 +52,15 @@ class MemoryModel:
 class Terms:
     """Seconds of sequences in one kind of group: arrays [S], and `fixed` once a micro-batch.
 
-    `exchange` is what stays visible; `attention` and `linear` are compute.
+    `exchange` is what stays visible of the transfer, `latency` its messages once a micro-batch; `attention`
+    and `linear` are compute.
     """
 
     attention: np.ndarray
     linear: np.ndarray
     exchange: np.ndarray
     fixed: float
+    latency: float = 0.0
 
     @property
     def total(self) -> np.ndarray:
@@ -79,8 +81,9 @@ class CostModel:
       which a ring's transfer can hide.
     - `efficiency`: (chunk tokens, share of peak) pairs: attention on chunks of that many tokens per device is
       slower by the share, interpolated in the logarithm of the chunk.
-    - `num_exchanges`: collectives per micro-batch, each paying the link's latency.
-    - `exchange_scale`: correction of the exchange found by measurement.
+    - `num_exchanges`: messages in sequence per step of the schedule and micro-batch, each paying the link's
+      latency; a measured one need not be whole.
+    - `exchange_scale`: correction of the transfer found by measurement.
     """
 
     attention_s: float
@@ -94,7 +97,7 @@ class CostModel:
     overlap: float = 1.0
     efficiency: tuple[tuple[int, float], ...] = ()
     memory: MemoryModel | None = None
-    num_exchanges: int = 0
+    num_exchanges: float = 0.0
     exchange_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -130,6 +133,7 @@ class CostModel:
             linear_s=self.linear_s * linear,
             fixed_s=self.fixed_s * fixed,
             exchange_scale=self.exchange_scale * exchange,
+            num_exchanges=self.num_exchanges * exchange,
         )
 
     def tokens_of(self, node: Node) -> int:
@@ -178,8 +182,8 @@ class CostModel:
             attention = attention / np.interp(at, np.log(chunks), shares)
         linear = self.linear_s * tokens * kind.compute_scale
         exchange, steps = self._exchange(kind, tokens, attention, schedule)
-        fixed = self.fixed_s + steps * self.num_exchanges * kind.latency_s * self.exchange_scale
-        return Terms(attention, linear, exchange, fixed)
+        latency = steps * self.num_exchanges * kind.latency_s
+        return Terms(attention, linear, exchange, self.fixed_s, latency)
 
     def _exchange(
         self, kind: GroupKind, tokens: np.ndarray, attention: np.ndarray, schedule: str

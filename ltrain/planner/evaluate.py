@@ -68,7 +68,10 @@ def group_seconds(
     kind = kind_of_ranks(cluster, cost, group.ranks, group.weights)
     terms = cost.terms(kind, np.array([lengths[s] for s in group.sequences]), group.schedule)
     return GroupSeconds(
-        float(terms.attention.sum()), float(terms.linear.sum()), float(terms.exchange.sum()), terms.fixed
+        float(terms.attention.sum()),
+        float(terms.linear.sum()),
+        float(terms.exchange.sum()) + terms.latency,
+        terms.fixed,
     )
 
 

@@ -7,11 +7,13 @@ layout).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ltrain.planner.cluster import ClusterSpec
 from ltrain.planner.plan import Group, Plan
 
 
@@ -26,14 +28,19 @@ class RankTask:
     num_tokens: int
     shard_lengths: tuple[int, ...]
     schedule: str
-    even: bool
+    weights: tuple[float, ...]
+
+    @property
+    def even(self) -> bool:
+        """All members have equal shares."""
+        return len(set(self.weights)) <= 1
 
     @property
     def is_idle(self) -> bool:
         return self.group is None
 
 
-IDLE = RankTask(None, 0, (), 0, (), "local", True)
+IDLE = RankTask(None, 0, (), 0, (), "local", ())
 
 
 def rank_tasks(plan: Plan, rank: int, block: int = 128) -> tuple[RankTask, ...]:
@@ -60,7 +67,7 @@ def group_task(group: Group, rank: int, block: int = 128) -> RankTask:
         group.num_tokens,
         shard_lengths(owners, group.num_tokens, group.degree, block),
         group.schedule,
-        len(set(group.weights)) == 1,
+        group.weights,
     )
 
 
@@ -70,6 +77,14 @@ def all_groups(plans: Sequence[Plan]) -> tuple[tuple[int, ...], ...]:
         group.ranks for plan in plans for groups in plan.micro_batches for group in groups if group.degree > 1
     }
     return tuple(sorted(ranks, key=lambda members: (-len(members), members)))
+
+
+def ranks_per_node(cluster: ClusterSpec, ranks: Sequence[int]) -> int | None:
+    """Members on each node of a group that spans several nodes equally, node after node; else None."""
+    node_of = np.repeat(np.arange(len(cluster.nodes)), [node.num_devices for node in cluster.nodes])
+    counts = Counter(int(node_of[rank]) for rank in sorted(ranks)).values()
+    even = len(counts) > 1 and len(set(counts)) == 1
+    return next(iter(counts)) if even else None
 
 
 def block_owners(num_tokens: int, weights: Sequence[float], block: int) -> np.ndarray:

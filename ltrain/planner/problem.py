@@ -126,7 +126,7 @@ class BatchTable:
             tables = {}
             for schedule in cost.schedules_for(kind):
                 terms = cost.terms(kind, self.lengths, schedule)
-                tables[schedule] = (terms.total, terms.fixed)
+                tables[schedule] = (terms.total, terms.fixed + terms.latency)
             self._tables.append(tables)
 
     def problem(self, start: int, stop: int, order: np.ndarray | None = None) -> Problem:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltrain.attention.context import AttentionContext
-from ltrain.data.rows import IGNORE, Row
+from ltrain.data.rows import IGNORE, Row, Stream
 from ltrain.parallel.layout import LayoutKind, SequenceLayout
 
 
@@ -30,7 +30,7 @@ class MicroBatch:
 
 
 def make_micro_batch(
-    row: Row,
+    row: Row | Stream,
     *,
     group: dist.ProcessGroup | None,
     rank: int,
@@ -40,8 +40,10 @@ def make_micro_batch(
     device: torch.device,
     node_size: int | None = None,
     layout: SequenceLayout | None = None,
+    schedule: str | None = None,
 ) -> MicroBatch:
-    """Shard a packed row over a group of `size` ranks, of which this is `rank`.
+    """Shard a packed row over a group of `size` ranks, of which this is `rank`. `layout` and `schedule` take
+    the place of `kind` and of the run's exchange.
 
     Labels and positions are derived before the row is cut, so that targets cross shard borders correctly.
     """
@@ -58,6 +60,7 @@ def make_micro_batch(
         rope_positions=local_positions,
         doc_ids=doc_ids.to(torch.int32).to(device),
         node_size=node_size,
+        schedule=schedule,
     )
     return MicroBatch(
         tokens=tokens[at].to(torch.int64).unsqueeze(0).to(device),

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from ltrain.attention import patterns
 from ltrain.attention.module import AttentionSettings, CoreAttention
 from ltrain.config.model import LoraAdapter
+from ltrain.config.planner import PlannedAssignment
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Loader, held_out_rows, open_corpus
 from ltrain.model.build import build_model
@@ -23,15 +24,17 @@ from ltrain.model.spec import ModelSpec
 from ltrain.model.weights import import_model
 from ltrain.parallel import seam
 from ltrain.parallel.mesh import Mesh, init_mesh
-from ltrain.train.assignment import StaticAssignment
+from ltrain.train.assignment import Assignment, StaticAssignment
+from ltrain.train.batch import MicroBatch
 from ltrain.train.checkpoint.manager import CheckpointManager
 from ltrain.train.evaluate import position_buckets
 from ltrain.train.optimizer import build_optimizer
-from ltrain.train.plan import check_run, run_folder
+from ltrain.train.plan import check_run, longest_part, run_folder
+from ltrain.train.planned import Planned
 from ltrain.train.replicas import Replicas
 from ltrain.train.run import Run
 from ltrain.train.stage_links import StageLinks
-from ltrain.train.step import wrap_ddp
+from ltrain.train.step import run_model, wrap_ddp
 
 log = logging.getLogger("ltrain")
 
@@ -66,6 +69,33 @@ def build_run(config: RunConfig) -> Run:
     # The outer state starts from whole parameters; what links ask for comes after it.
     replicas = Replicas(config, plan.spec, model, ddp, optimizer, mesh, links)
     replicas.start_local()
+    planned = parallel.assignment if isinstance(parallel.assignment, PlannedAssignment) else None
+    loader = Loader(
+        config.data,
+        corpus,
+        seq_len=train.seq_len,
+        tokens_per_step=train.tokens_per_step,
+        seed=config.run.seed,
+        prefetch=planned.ahead if planned else 1,
+    )
+    assignment: Assignment = StaticAssignment(parallel.context, mesh)
+    if planned is not None:
+
+        def probe(batches: list[MicroBatch]) -> None:
+            ddp.zero_grad_buffer()
+            run_model(ddp, mesh, batches, train=True, times=assignment.times)
+            ddp.zero_grad_buffer()
+
+        assignment = Planned(
+            config,
+            planned,
+            plan.spec,
+            mesh,
+            upcoming=lambda: [step.rows for step in loader.upcoming()],
+            longest=longest_part(config, corpus),
+            run=probe,
+            folder=run_folder(config),
+        )
     return Run(
         config=config,
         folder=run_folder(config),
@@ -74,16 +104,10 @@ def build_run(config: RunConfig) -> Run:
         model=model,
         ddp=ddp,
         optimizer=optimizer,
-        loader=Loader(
-            config.data,
-            corpus,
-            seq_len=train.seq_len,
-            tokens_per_step=train.tokens_per_step,
-            seed=config.run.seed,
-        ),
+        loader=loader,
         held_out=held_out,
         buckets=position_buckets(train.seq_len, config.eval.buckets),
-        assignment=StaticAssignment(parallel.context, mesh),
+        assignment=assignment,
         checkpoints=CheckpointManager(
             run_folder(config) / "checkpoints",
             keep=config.checkpoint.keep,

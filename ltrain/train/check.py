@@ -8,10 +8,18 @@ import psutil
 import torch
 
 from ltrain.config.base import ConfigError
+from ltrain.config.planner import MeasuredCost, PlannedAssignment
 from ltrain.config.schema import RunConfig
+from ltrain.data.loader import Loader, open_corpus
 from ltrain.model.flops import flops_per_token
 from ltrain.model.memory import GIB, estimate_memory, longest_context
-from ltrain.train.plan import Plan, check_run, run_folder
+from ltrain.planner.command import compare
+from ltrain.planner.explain import comparison_table, plan_table, to_text
+from ltrain.planner.setup import cluster_of, plan_options
+from ltrain.planner.solve import plan_batch
+from ltrain.train.cost import nominal_cost
+from ltrain.train.plan import Plan, check_assignment, check_run, run_folder
+from ltrain.train.plan_source import lengths_of
 
 
 def check_lines(
@@ -25,18 +33,23 @@ def check_lines(
     yield "heads", f"{spec.num_heads} query, {spec.num_kv_heads} key/value, of {spec.head_dim}"
     rope = spec.rope.to_hf()["rope_parameters"]
     yield "rope", ", ".join(f"{key} {value}" for key, value in rope.items())
+    section = parallel.assignment
+    planned = section if isinstance(section, PlannedAssignment) else None
+    pool = context.degree * plan.data_size
+    axes = f"a pool of {pool} shards" if planned else f"context {context.degree} x data {plan.data_size}"
     yield (
         "layout",
-        f"tensor {parallel.tensor} x context {context.degree} x data {plan.data_size} x pipeline "
-        f"{parallel.pipeline} = {world_size} ranks",
+        f"tensor {parallel.tensor} x {axes} x pipeline {parallel.pipeline} = {world_size} ranks",
     )
-    yield "attention", f"{context.schedule} exchange, {context.layout} layout, blocks of {context.block}"
+    exchange = "each group's own" if planned else context.schedule
+    yield "attention", f"{exchange} exchange, {context.layout} layout, blocks of {context.block}"
     micro = plan.rows // plan.data_size
-    yield (
-        "step",
-        f"{train.tokens_per_step:,} tokens = {train.seq_len:,} a row x {micro} micro-batches x "
-        f"{plan.data_size} data-parallel ranks",
+    dealt = (
+        f"{plan.rows} rows, their documents dealt to groups"
+        if planned
+        else f"{micro} micro-batches x {plan.data_size} data-parallel ranks"
     )
+    yield "step", f"{train.tokens_per_step:,} tokens = {train.seq_len:,} a row x {dealt}"
     yield "training", f"{train.steps:,} steps, {train.steps * train.tokens_per_step / 1e6:,.1f} M tokens"
     flops = flops_per_token(spec, train.seq_len)
     yield "FLOPs a token", f"{flops / 1e9:,.3f} G (forward and backward, one document of {train.seq_len:,})"
@@ -49,6 +62,9 @@ def check_lines(
         "loss_chunk_tokens": train.loss_chunk_tokens,
     }
     tokens = -(-train.seq_len // context.degree)
+    if planned is not None:
+        cost = nominal_cost(config, planned, spec)
+        tokens = max(cost.tokens_by_island(cluster_of(planned, pool)))
     memory = estimate_memory(spec, tokens=tokens, **facts)
     yield (
         "memory a rank",
@@ -56,7 +72,7 @@ def check_lines(
         f"{memory.gradients / GIB:.2f} + optimizer {memory.optimizer / GIB:.2f} + activations "
         f"{memory.activations / GIB:.2f} + loss {memory.loss / GIB:.2f}",
     )
-    longest = longest_context(spec, device_gib * GIB, context=context.degree, **facts)
+    longest = longest_context(spec, device_gib * GIB, context=pool if planned else context.degree, **facts)
     verdict = "fits" if train.seq_len <= longest else "does NOT fit"
     yield "longest context", f"about {longest:,} tokens in {device_gib:.0f} GiB a rank: seq_len {verdict}"
 
@@ -80,4 +96,30 @@ def print_check(config: RunConfig, world_size: int, device_gib: float | None = N
     for topic, text in check_lines(config, plan, world_size, device_gib or default_device_gib(world_size)):
         table.add_row(f"[bold]{topic}[/bold]", text)
     Console().print(table)
+    print_plan(config, plan)
     return 0
+
+
+def print_plan(config: RunConfig, run: Plan) -> None:
+    """Print the plan of the run's first step beside its rivals, where documents are dealt by plans. Raises
+    ConfigError where a document fits no group."""
+    section = config.parallel.assignment
+    if not isinstance(section, PlannedAssignment):
+        return
+    corpus = open_corpus(config.data, run.tokenizer)
+    check_assignment(config, run, corpus)
+    train, block = config.train, config.parallel.context.block
+    loader = Loader(
+        config.data,
+        corpus,
+        seq_len=train.seq_len,
+        tokens_per_step=train.tokens_per_step,
+        seed=config.run.seed,
+        prefetch=0,
+    )
+    cluster = cluster_of(section, run.data_size * config.parallel.context.degree)
+    cost = nominal_cost(config, section, run.spec)
+    sample = plan_batch(lengths_of(loader.next_step().rows), cluster, cost, **plan_options(section, block))
+    if isinstance(section.cost, MeasuredCost):
+        print("The cost model is measured when the run starts; below it is that of FLOPs at 0.1 TFLOP/s.")
+    print(to_text(plan_table(sample), comparison_table(compare(sample, cluster, cost), sum(sample.lengths))))

@@ -67,11 +67,9 @@ def evaluate(
     assignment: Assignment,
     rope: Rope | None = None,
 ) -> Evaluation:
-    """Run the rows forward, dealt over the data axis, and bucket every target's loss by its position.
+    """Run the rows forward, dealt as the assignment says, and bucket every target's loss by its position.
 
     `rope` takes the place of the model's rotary embedding, to measure a model as it was before the run.
-
-    Rows that do not divide over the data axis are completed with empty targets, so that all ranks run alike.
     """
     sums = torch.zeros(2, len(ends), dtype=torch.float64, device=mesh.device)
     upper = torch.tensor(ends, device=mesh.device)
@@ -82,13 +80,11 @@ def evaluate(
         sums[0].index_add_(0, at[kept], nll[kept].double())
         sums[1].index_add_(0, at[kept], torch.ones_like(nll[kept], dtype=torch.float64))
 
-    missing = -len(rows) % mesh.data.size
-    padded = [*rows, *(rows[0].without_targets() for _ in range(missing))]
+    assignment.start()
     was_training = ddp.training
     ddp.eval()
     with torch.no_grad():
-        for start in range(0, len(padded), mesh.data.size):
-            batches = assignment.batches(padded[start : start + mesh.data.size])
+        for batches in assignment.evaluation(rows):
             for batch in batches if rope is not None else ():
                 batch.context.rope_tables = rope.tables(batch.positions, device=mesh.device)
             run_model(ddp, mesh, batches, train=False, on_losses=add)

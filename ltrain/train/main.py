@@ -23,7 +23,7 @@ from ltrain.sync import SyncError, SyncRefused
 from ltrain.train.build import build_run
 from ltrain.train.checkpoint.folder import CheckpointError
 from ltrain.train.checkpoint.manager import CheckpointManager
-from ltrain.train.plan import check_run, write_config
+from ltrain.train.plan import check_assignment, check_run, write_config
 from ltrain.train.run import Run
 from ltrain.train.signals import die_with_parent
 from ltrain.train.trainer import NonFinite, Trainer
@@ -47,7 +47,7 @@ def train(config: RunConfig) -> int:
     if int(os.environ.get("RANK", "0")):
         log.setLevel(logging.WARNING)
     # Bad data is found, and new data tokenised (by one process; others wait), while no group can time out.
-    open_corpus(config.data, plan.tokenizer)
+    check_assignment(config, plan, open_corpus(config.data, plan.tokenizer))
     init_process_group(config.train.timeout_s)
     try:
         return _train(config)

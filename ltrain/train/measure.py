@@ -71,13 +71,14 @@ class Measure:
         lr: float,
         seconds: float,
         sync: SyncReport | None = None,
+        assignment: dict[str, float] | None = None,
     ) -> None:
         """Write the record of the step that has just ended; collective over the default group."""
         run, config = self.run, self.config
         times = self.timers.collect()
         if run.step % config.metrics.every and run.step != config.train.steps:
             return
-        local = {**times, **devices.memory_metrics(), "perf/step_time_s": seconds}
+        local = {**times, **devices.memory_metrics(), "perf/step_time_s": seconds, **(assignment or {})}
         local["balance/compute"] = times.get("time/forward_backward_s", 0.0)
         local |= run.links.bytes_sent()
         if sync is not None:
@@ -94,7 +95,7 @@ class Measure:
         lengths = [
             n for row in data.rows for n in (row.document_lengths if row.document_mask else (row.num_tokens,))
         ]
-        found = [batch.context.densities for batch in batches if batch.context.densities]
+        found = [b.context.densities for b in batches if b.context.densities and b.document_lengths]
         densities = (
             [sum(d.get(i, 1.0) for d in found) / len(found) for i in range(run.spec.num_layers)]
             if found

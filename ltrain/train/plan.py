@@ -5,18 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from ltrain.attention.rope import Rope
 from ltrain.config.base import ConfigError
+from ltrain.config.planner import PlannedAssignment
 from ltrain.config.schema import RunConfig
 from ltrain.config.stage_links import IdentityLinks, ProjectionLinks, slow_boundaries
+from ltrain.data.corpus import Corpus
 from ltrain.data.tokenizer import Tokenizer, load_tokenizer
 from ltrain.model.families import extend_rope, resolve_spec
 from ltrain.model.freeze import frozen_tensors
 from ltrain.model.sources import check_weights
 from ltrain.model.spec import ModelSpec, Reparametrisation
 from ltrain.parallel.degrees import check_world, rows_per_step
+from ltrain.planner.setup import check_longest, cluster_of
+from ltrain.train.cost import base_cost
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,11 @@ def check_run(config: RunConfig, world_size: int) -> Plan:
     frozen_tensors(spec, config.model)
     if spec.source is not None:
         check_weights(spec)
-    rows = rows_per_step(config.train.tokens_per_step, config.train.seq_len, data_size)
+    planned = parallel.assignment if isinstance(parallel.assignment, PlannedAssignment) else None
+    if planned is not None:
+        cluster_of(planned, data_size * parallel.context.degree)
+    # Planned rows are cut into documents, which need not divide over the data axis.
+    rows = rows_per_step(config.train.tokens_per_step, config.train.seq_len, 1 if planned else data_size)
     return Plan(spec, tokenizer, data_size, rows, source_rope)
 
 
@@ -105,6 +114,27 @@ def check_stages(spec: ModelSpec, config: RunConfig) -> None:
     if peers.stages > 1 and spec.tie_embeddings:
         rule = "must be 1 for a model whose output matrix is its token embedding: two stages would hold it"
         raise ConfigError("sync.peers.stages", peers.stages, rule)
+
+
+def longest_part(config: RunConfig, corpus: Corpus) -> int:
+    """Tokens of the longest part of a row that is never cut: the longest document, or a whole row."""
+    data, seq_len = config.data, config.train.seq_len
+    if not data.document_mask:
+        return seq_len
+    entries = np.concatenate([corpus.train, corpus.held_out])
+    return min(int(corpus.lengths(entries).max()), seq_len)
+
+
+def check_assignment(config: RunConfig, plan: Plan, corpus: Corpus) -> None:
+    """Raise ConfigError where the longest document fits no group of a planned assignment."""
+    parallel = config.parallel
+    section = parallel.assignment
+    if not isinstance(section, PlannedAssignment):
+        return
+    cluster = cluster_of(section, plan.data_size * parallel.context.degree)
+    cost = base_cost(config, section, plan.spec)
+    longest = longest_part(config, corpus)
+    check_longest("document", longest, section, cluster, cost, parallel.context.block)
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

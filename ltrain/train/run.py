@@ -90,6 +90,7 @@ class Run:
             "rollbacks": self.rollbacks,
             "optimizer_steps": optimizer_steps(self.optimizer),
             "loader": self.loader.state_dict(),
+            "assignment": self.assignment.state_dict(),
             "layout": self.layout(),
             "dtype": self.config.train.dtype,
             "fingerprint": model_fingerprint(self.spec),
@@ -102,6 +103,7 @@ class Run:
         restore_pieces(reader, list(pieces(self.model, self.optimizer, self.mesh)))
         set_optimizer_steps(self.optimizer, state["optimizer_steps"])
         self.loader.load_state_dict(state["loader"])
+        self.assignment.load_state_dict(state.get("assignment"))
         for name in ("step", "tokens", "skipped_steps", "rollbacks"):
             setattr(self, name, int(state[name]))
         if state["layout"] == self.layout():
@@ -128,16 +130,23 @@ class Run:
         """What is about to run, for the log."""
         config, spec = self.config, self.spec
         train, context = config.train, config.parallel.context
-        micro = train.tokens_per_step // train.seq_len // self.mesh.data.size
+        rows = train.tokens_per_step // train.seq_len
+        context_line = (
+            f"context parallelism: {context.schedule} exchange, {context.layout} layout, "
+            f"blocks of {context.block}"
+        )
+        rows_line = f"{rows // self.mesh.data.size} micro-batches x {self.mesh.data.size} data-parallel ranks"
+        if config.parallel.assignment.kind == "planned":
+            pool = self.mesh.data_context.size
+            context_line = f"documents dealt to groups of 1 to {pool} shards, blocks of {context.block}"
+            rows_line = f"{rows} rows, cut into their documents"
         return [
             f"run {config.run.name} in {self.folder}",
             f"model {spec.family}, {spec.num_parameters / 1e6:,.1f} M parameters, {train.dtype}, "
             f"rope {config.rope.kind} at {train.seq_len} tokens",
             f"mesh {self.mesh.describe()} on {self.mesh.device.type}",
-            f"context parallelism: {context.schedule} exchange, {context.layout} layout, "
-            f"blocks of {context.block}",
-            f"{train.tokens_per_step} tokens a step = {train.seq_len} tokens a row x {micro} micro-batches x "
-            f"{self.mesh.data.size} data-parallel ranks",
+            context_line,
+            f"{train.tokens_per_step} tokens a step = {train.seq_len} tokens a row x {rows_line}",
             f"steps {self.step} to {train.steps}, {len(self.held_out)} held-out rows",
         ]
 

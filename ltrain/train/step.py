@@ -20,6 +20,7 @@ from ltrain.model.language_model import LanguageModel
 from ltrain.parallel import seam
 from ltrain.parallel.mesh import Mesh
 from ltrain.train.batch import MicroBatch
+from ltrain.train.group_times import GroupTimes
 
 
 def wrap_ddp(model: LanguageModel, *, distributed_optimizer: bool, overlap: bool) -> DistributedDataParallel:
@@ -52,11 +53,13 @@ def run_model(
     *,
     train: bool,
     on_losses: Callable[[MicroBatch, Tensor], None] | None = None,
+    times: GroupTimes | None = None,
 ) -> Tensor:
     """Forward, and in training backward, of this rank's micro-batches.
 
     Every rank of a pipeline passes the same number of micro-batches. `on_losses(batch, nll)` sees each
-    micro-batch's token losses [T_local] on the last stage. Returns this rank's [sum of losses, number of
+    micro-batch's token losses [T_local] on the last stage; `times` is marked at every micro-batch of a
+    training step and at the end of the last. Returns this rank's [sum of losses, number of
     targets], fp64; zeros on other stages than the last.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
@@ -64,6 +67,8 @@ def run_model(
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(batches)
         with seam.outside_seam():
+            if times is not None and train:
+                times.mark(batch.context.group)
             output = model(
                 input_ids=batch.tokens,
                 position_ids=None,
@@ -84,17 +89,31 @@ def run_model(
 
         return output, loss
 
+    config = ddp.config
+    finalize = config.finalize_model_grads_func
+
+    def stop_and_finalize(*args: Any, **kwargs: Any) -> Any:
+        with seam.outside_seam():
+            if times is not None:
+                times.stop()
+        return finalize(*args, **kwargs)
+
     longest = max((batch.tokens.shape[1] for batch in batches), default=0)
-    with seam.cpu_seam():
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[ddp],
-            num_microbatches=len(batches),
-            seq_length=longest * mesh.context.size,
-            micro_batch_size=1,
-            forward_only=not train,
-        )
+    try:
+        if times is not None:
+            config.finalize_model_grads_func = stop_and_finalize
+        with seam.cpu_seam():
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(batches),
+                model=[ddp],
+                num_microbatches=len(batches),
+                seq_length=longest * mesh.context.size,
+                micro_batch_size=1,
+                forward_only=not train,
+            )
+    finally:
+        config.finalize_model_grads_func = finalize
     return totals
 
 

@@ -42,6 +42,7 @@ class Trainer:
         """Run to the end. Returns the exit code: 0 done, 75 stopped on request, 4 out of a resource."""
         run, config = self.run, self.config
         try:
+            run.assignment.start()
             if run.step == 0 and config.eval.at_start:
                 self.evaluate()
             run.replicas.join()
@@ -67,6 +68,7 @@ class Trainer:
         finally:
             run.checkpoints.wait()
             run.replicas.close()
+            run.assignment.close()
             self.measure.close()
             self.stop.restore()
 
@@ -81,7 +83,7 @@ class Trainer:
         run.optimizer.zero_grad()
         with self.measure.profile(run.step + 1):
             with timers.phase("forward_backward"):
-                totals = run_model(run.ddp, run.mesh, batches, train=True)
+                totals = run_model(run.ddp, run.mesh, batches, train=True, times=run.assignment.times)
             result = reduce_totals(totals, run.mesh)
             lr = learning_rate(config.schedule, config.optimizer.lr, run.step, config.train.steps)
             set_learning_rate(run.optimizer, lr)
@@ -91,6 +93,7 @@ class Trainer:
         run.step += 1
         with timers.phase("sync", host=True):
             report = run.replicas.after_step(run.step)
+        planned = run.assignment.after_step(run.step)
         run.tokens += config.train.tokens_per_step
         self._guard(result.loss, outcome.skipped)
         self.measure.step(
@@ -101,6 +104,7 @@ class Trainer:
             lr=lr,
             seconds=time.perf_counter() - began,
             sync=report,
+            assignment=planned,
         )
 
     def evaluate(self) -> None:

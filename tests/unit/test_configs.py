@@ -34,7 +34,7 @@ SMALL = {
     "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 258, "max_position_embeddings": 512,
     "rope_theta": 10000.0, "tie_word_embeddings": True,
 }  # fmt: skip
-WORLD = {"llama3.1_8b_64k": 8, "qwen2.5_3b_512k": 32}
+WORLD = {"llama3.1_8b_64k": 8, "qwen2.5_3b_512k": 32, "planned_cpu": 4}
 
 
 def _sparse_model(folder: Path, config: dict) -> Path:

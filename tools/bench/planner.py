@@ -171,6 +171,8 @@ def cells() -> None:
         "off by %",
         "published adaptive/planned",
         "simulated adaptive/planned",
+        "published less modelled s, static",
+        "the same, planned",
     )
     off = []
     for cell in paper.CELLS:
@@ -197,6 +199,8 @@ def cells() -> None:
             f"{100 * (simulated / published - 1):+.0f}",
             f"{cell.adaptive_s / cell.planned_s:.2f}",
             f"{(adaptive + rest) / (ours + rest):.2f}",
+            f"{cell.static_s - static:.1f}",
+            f"{cell.planned_s - ours:.1f}",
         )
     within = sum(o <= 0.15 for o in off)
     print(f"\nwithin 15 %: {within} of {len(off)}; median {100 * statistics.median(off):.0f} %")

@@ -262,7 +262,7 @@ def test_an_error_in_the_thread_reaches_the_trainer(config: DataConfig) -> None:
     corpus = corpus_of(config)
     run = loader(config, corpus)
     run.next_step()
-    run._pending.result()
+    run._pending[0].result()
     corpus.stores[0].vocab_size = 1
     run.next_step()
     with pytest.raises(ConfigError, match="ids must be below 1"):
@@ -286,3 +286,19 @@ def test_errors_travel_between_processes() -> None:
 
     error = pickle.loads(pickle.dumps(ConfigError("data.cache", 1, "is wrong", "mend it")))
     assert isinstance(error, ConfigError) and str(error) == "data.cache=1 is wrong; mend it"
+
+
+def test_steps_read_ahead_come_next_and_leave_the_state_alone(config: DataConfig) -> None:
+    corpus = corpus_of(config)
+    plain, ahead = loader(config, corpus, prefetch=0), loader(config, corpus, prefetch=3)
+    for _ in range(4):
+        assert content(plain.next_step()) == content(ahead.next_step())
+        assert plain.state_dict() == ahead.state_dict()
+        ahead._pending[-1].result()
+        coming = ahead.upcoming()
+        assert len(coming) == 3
+    state, want = plain.state_dict(), content(plain.next_step())
+    assert ahead.next_step() is coming[0]
+    ahead.load_state_dict(state)
+    assert ahead.upcoming() == []
+    assert content(ahead.next_step()) == want

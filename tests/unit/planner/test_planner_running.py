@@ -9,14 +9,14 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from ltrain.config.base import ConfigError
-from ltrain.config.planner import AssignmentSection, PlannedAssignment, StaticAssignment
+from ltrain.config.planner import AssignmentConfig, PlannedAssignment, StaticAssignment
 from ltrain.planner import ClusterSpec, CostModel, Link, Node, command, plan_batch
 from ltrain.planner.ahead import PlanAhead
 from ltrain.planner.calibrate import OnlineCalibration
 from ltrain.planner.evaluate import group_seconds
 from ltrain.planner.groups import rank_tasks
 from ltrain.planner.mixes import mix
-from ltrain.planner.setup import cost_model, plan_options, start_ahead
+from ltrain.planner.setup import check_longest, cluster_of, cost_model, plan_options
 from ltrain.planner.work import DensityWork
 
 COST = CostModel(5e-9, 1.8e-4, 0.05, 2e6)
@@ -181,9 +181,10 @@ def test_lengths_come_from_lists_and_lines(tmp_path) -> None:
 
 
 def section(**changes) -> PlannedAssignment:
-    cost = {"attention_s": 5e-9, "linear_s": 1.8e-4, "fixed_s": 0.05, "bytes_per_token": 2e6}
-    return TypeAdapter(AssignmentSection).validate_python(
-        {"kind": "planned", "cluster": "cluster.json", "cost": cost, **changes}
+    cost = {"kind": "given", "attention_s": 5e-9, "linear_s": 1.8e-4, "fixed_s": 0.05, "bytes_per_token": 2e6}
+    uniform = {"kind": "uniform", "tokens_per_device": 1000}
+    return TypeAdapter(AssignmentConfig).validate_python(
+        {"kind": "planned", "cluster": uniform, "cost": cost, **changes}
     )
 
 
@@ -199,8 +200,13 @@ def test_the_section_gives_the_planner_its_inputs(tmp_path) -> None:
     }
     UNIFORM.save(tmp_path / "cluster.json")
     with pytest.raises(ConfigError, match="shards of the run"):
-        start_ahead(section(cluster=str(tmp_path / "cluster.json")), cost, 4, 128)
-    assert isinstance(TypeAdapter(AssignmentSection).validate_python({"kind": "static"}), StaticAssignment)
+        cluster_of(section(cluster={"kind": "file", "path": str(tmp_path / "cluster.json")}), 4)
+    cluster = cluster_of(made, 4)
+    assert cluster.num_devices == 4 and len(cluster.nodes) == 1
+    check_longest("document", 3584, made, cluster, cost, 128)
+    with pytest.raises(ConfigError, match=r"needs 3585 tokens.*longest sequence that fits has 3584"):
+        check_longest("document", 3585, made, cluster, cost, 128)
+    assert isinstance(TypeAdapter(AssignmentConfig).validate_python({"kind": "static"}), StaticAssignment)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +217,16 @@ def test_the_section_gives_the_planner_its_inputs(tmp_path) -> None:
         {"degrees": []},
         {"ahead": 0},
         {"unknown": 1},
-        {"cost": {"attention_s": 1, "linear_s": 1, "bytes_per_token": 1, "memory_level": "full"}},
+        {"cluster": {"kind": "uniform"}},
+        {
+            "cost": {
+                "kind": "given",
+                "attention_s": 1,
+                "linear_s": 1,
+                "bytes_per_token": 1,
+                "memory_level": "x",
+            }
+        },
     ],
 )
 def test_bad_sections_are_refused(changes) -> None:
