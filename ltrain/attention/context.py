@@ -6,11 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from ltrain.parallel.layout import SequenceLayout
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What a shorter sequence was taken from: `whole`, of which it holds the blocks `blocks`, ascending.
+
+    `token_ids` int32 [T] are its tokens' places in the whole sequence: masks by distance go by them.
+    `pair_share` is its part of the whole sequence's visible (query, key) pairs.
+    """
+
+    whole: AttentionContext
+    blocks: np.ndarray
+    token_ids: Tensor
+    pair_share: float
 
 
 @dataclass
@@ -22,6 +37,14 @@ class AttentionContext(PackedSeqParams):
     sequence in document order (None: one document). `schedule` is the group's own exchange (None: the run's).
     Values that the layers share, such as RoPE tables and
     indices of static patterns, are computed once through `cached`.
+
+    `key` is a number that names the row whatever rank holds it; `targets` bool [T] marks tokens with a
+    target (None: not known). The rest serves layers that drop tokens. `excerpt` says what longer sequence
+    this one was taken from. `query_blocks` are the only blocks of the sequence whose queries attend (None:
+    all). `real_rows` int64 [T_local] are those rows of the tensors at hand that hold tokens, where others
+    were put in to give all tensor-parallel ranks the same number. `record` collects (out, lse) of attention;
+    `given` is an (out, lse) to take instead of computing it. `eliminated` holds each sparse layer's kept
+    share of tokens and captured share of the score mass.
     """
 
     layout: SequenceLayout | None = None
@@ -33,6 +56,14 @@ class AttentionContext(PackedSeqParams):
     node_size: int | None = None
     schedule: str | None = None
     densities: dict[int, float] = field(default_factory=dict)
+    key: int = 0
+    targets: np.ndarray | None = None
+    excerpt: Excerpt | None = None
+    query_blocks: np.ndarray | None = None
+    real_rows: Tensor | None = None
+    record: list[tuple[Tensor, Tensor]] | None = None
+    given: tuple[Tensor, Tensor] | None = None
+    eliminated: dict[int, tuple[float, Tensor]] = field(default_factory=dict)
     _cache: dict[Any, Any] = field(default_factory=dict)
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:

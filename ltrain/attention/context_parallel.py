@@ -41,6 +41,7 @@ def context_parallel_attention(
     doc_ids: Tensor | None = None,
     window: int | None = None,
     verticals: Tiles | None = None,
+    token_ids: Tensor | None = None,
     schedule: str = "auto",
     scale: float | None = None,
     node_size: int | None = None,
@@ -57,7 +58,9 @@ def context_parallel_attention(
     index: blocks of `layout.block` tokens over the whole sequence in document order, equal on all ranks;
     causality is by token id. doc_ids: int [T] or [B, T] for the whole sequence; tokens attend within their
     document only. window: a query sees keys less than so many tokens before it (None: no limit).
-    verticals: single keys that each head attends beside its blocks, in tiles (`patterns.Verticals.tiles`).
+    token_ids: int [T], ascending: what causality and windows go by in the place of 0..T-1, for a sequence
+    that was taken from a longer one. verticals: single keys that each head attends beside its blocks, in
+    tiles (`patterns.Verticals.tiles`).
     schedule: a name of `SCHEDULES`, or "auto": what the cost model finds fastest with `profile` (default: a
     built-in one of the device), chosen at the first call with these shapes and printed with the reason by
     rank 0. node_size: so many consecutive ranks of the group share a node; needed by the schedules that use
@@ -85,6 +88,7 @@ def context_parallel_attention(
             doc_ids=doc_ids,
             window=window,
             verticals=verticals,
+            token_ids=token_ids,
             schedule=schedule,
             node_size=node_size,
             profile=profile,
@@ -146,6 +150,7 @@ def plan_attention(
     doc_ids: Tensor | None = None,
     window: int | None = None,
     verticals: Tiles | None = None,
+    token_ids: Tensor | None = None,
     schedule: str = "auto",
     node_size: int | None = None,
     profile: Profile | None = None,
@@ -156,7 +161,7 @@ def plan_attention(
     that share a static pattern. Raises as `context_parallel_attention`.
     """
     shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, k.dtype, v.dtype, str(q.device))
-    parts = (index, doc_ids, group, verticals)
+    parts = (index, doc_ids, group, verticals, token_ids)
     key = (
         *(id(x) for x in parts),
         getattr(doc_ids, "_version", 0),
@@ -172,7 +177,9 @@ def plan_attention(
             _plans.move_to_end(key)
             return plan
         del _plans[key]
-    plan = _make_plan(q, k, v, layout, group, index, doc_ids, window, verticals, schedule, node_size, profile)
+    plan = _make_plan(
+        q, k, v, layout, group, index, doc_ids, window, verticals, token_ids, schedule, node_size, profile
+    )
     _plans[key] = (tuple(None if x is None else weakref.ref(x) for x in parts), plan)
     dead = [
         old for old, (refs, _) in _plans.items() if any(ref is not None and ref() is None for ref in refs)
@@ -194,6 +201,7 @@ def _make_plan(
     doc_ids: Tensor | None,
     window: int | None,
     verticals: Tiles | None,
+    token_ids: Tensor | None,
     schedule: str,
     node_size: int | None,
     profile: Profile | None,
@@ -202,7 +210,7 @@ def _make_plan(
     make: Callable[[], Schedule] | None = None
     chosen, why = schedule, ""
     try:
-        _check_shapes(q, k, v, layout, group, index, doc_ids)
+        _check_shapes(q, k, v, layout, group, index, doc_ids, token_ids)
         problem = Problem(
             layout,
             index.to(q.device),
@@ -216,6 +224,7 @@ def _make_plan(
             q.device,
             window,
             verticals,
+            token_ids,
         )
         chosen, why = _choice(problem, schedule, profile, node_size)
         make = build(chosen, problem, group, node_size)
@@ -233,6 +242,7 @@ def _make_plan(
         "doc_ids": _digest(doc_ids),
         "index": index_digest(index),
         "verticals": "none" if verticals is None else _digest(verticals.ids),
+        "token_ids": _digest(token_ids),
     }
     agree(group, facts, error, q.device)
     assert make is not None
@@ -255,8 +265,11 @@ def _choice(
     if profile is None:
         profile = default_profile(problem.device, node_size)
     profile.check_machine(problem.device)
+    layout = problem.layout
+    # Excerpts of a sequence change from layer to layer; those of one size share a choice.
+    same = (layout.num_tokens, layout.world_size, layout.block)
     key = (
-        problem.layout,
+        layout if problem.token_ids is None else same,
         problem.batch,
         problem.num_q_heads,
         problem.num_kv_heads,
@@ -292,6 +305,7 @@ def _check_shapes(
     group: Group,
     index: BlockIndex,
     doc_ids: Tensor | None,
+    token_ids: Tensor | None,
 ) -> None:
     def check(holds: bool, field: str, value: object, rule: str, fix: str = "") -> None:
         if not holds:
@@ -337,6 +351,9 @@ def _check_shapes(
         f"must be 1, {heads} or {q.shape[2]}",
     )
     check(index.batch in (1, q.shape[0]), "index.batch", index.batch, f"must be 1 or {q.shape[0]}")
+    if token_ids is not None:
+        shape = tuple(token_ids.shape)
+        check(shape == (layout.num_tokens,), "token_ids.shape", shape, f"must be [{layout.num_tokens}]")
     if doc_ids is not None:
         good = [(layout.num_tokens,), (1, layout.num_tokens), (q.shape[0], layout.num_tokens)]
         check(tuple(doc_ids.shape) in good, "doc_ids.shape", tuple(doc_ids.shape), f"must be one of {good}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ltrain.attention.context import AttentionContext
 from ltrain.attention.context_parallel import context_parallel_attention, plan_attention
 from ltrain.attention.patterns import Pattern
+from ltrain.attention.patterns.rows import only_rows
 from ltrain.attention.rope import Rope, apply_rope
 from ltrain.attention.schedules.engine import Schedule
 from ltrain.attention.schedules.verticals import Tiles
@@ -102,7 +103,29 @@ class CoreAttention(nn.Module):
         With the `decisions` and the `saved` (out, lse) of an earlier call on equal inputs, nothing but the
         rotary embedding is computed and no rank is asked anything: the result serves the backward pass.
         """
+        rows = context.real_rows
+        if rows is None:
+            return self._attend(q, k, v, context, decisions, saved)
+        # Rows that stand for no token go around attention and come out as zeros.
+        shape = q.shape
+        q, k, v = (x.index_select(1, rows) for x in (q, k, v))
+        if saved is not None:
+            saved = (saved[0].index_select(1, rows), saved[1].index_select(2, rows))
+        out, lse, decisions = self._attend(q, k, v, context, decisions, saved)
+        out = out.new_zeros(*shape[:3], out.shape[3]).index_copy(1, rows, out)
+        return out, lse.new_zeros(shape[0], shape[2], shape[1]).index_copy(2, rows, lse), decisions
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: AttentionContext,
+        decisions: Decisions | None,
+        saved: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Decisions]:
         assert context.layout is not None and context.rope_positions is not None
+        saved = context.given if saved is None else saved
         if context.rope_tables is None:
             context.rope_tables = self.settings.rope.tables(context.rope_positions, device=q.device)
         cos, sin = context.rope_tables
@@ -112,6 +135,7 @@ class CoreAttention(nn.Module):
             "group": context.group,
             "doc_ids": context.doc_ids,
             "window": self.settings.windows[self.layer],
+            "token_ids": None if context.excerpt is None else context.excerpt.token_ids,
         }
         if decisions is None:
             index, verticals = self._select(q, k, context)
@@ -138,6 +162,8 @@ class CoreAttention(nn.Module):
             saved=saved,
             **shared,
         )
+        if context.record is not None:
+            context.record.append((out.detach(), lse.detach()))
         return out, lse, decisions
 
     def _select(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[BlockIndex, Tiles | None]:
@@ -156,18 +182,26 @@ class CoreAttention(nn.Module):
         }
         verticals = None
         dense = pattern.is_dense_layer(self.layer, num_layers)
+        excerpt = context.excerpt
         if pattern.static or dense:
-            index = context.cached(
-                ("index", dense),
+            # A pattern by distance is that of the whole sequence, cut to the blocks at hand.
+            cut = excerpt is not None and not dense and pattern.kind != "dense"
+            source = excerpt.whole if cut else context
+            assert source.layout is not None
+            num_tokens, doc_ids = source.layout.num_tokens, source.doc_ids
+            index = source.cached(
+                ("index", dense, layout.block),
                 lambda: pattern.index(
-                    num_tokens=layout.num_tokens,
+                    num_tokens=num_tokens,
                     num_heads=q.shape[2],
                     num_kv_heads=k.shape[2],
                     block=layout.block,
                     device=q.device,
-                    **heads,
+                    **(heads | {"doc_ids": doc_ids}),
                 ),
             )
+            if cut:
+                index = index.select(excerpt.blocks, excerpt.blocks)
         else:
             selection = select_distributed(
                 pattern, q.detach(), k.detach(), layout=layout, group=context.group, **heads
@@ -175,9 +209,15 @@ class CoreAttention(nn.Module):
             index = selection.index
             if selection.verticals is not None:
                 verticals = selection.verticals.tiles(index)
-        if pattern.kind != "dense":
-            context.densities[self.layer] = context.cached(
+        share = 1.0 if excerpt is None else excerpt.pair_share
+        if context.query_blocks is not None:
+            index = only_rows(index, context.query_blocks)
+            share *= pattern.density(index, num_tokens=layout.num_tokens, doc_ids=context.doc_ids)
+        elif pattern.kind != "dense":
+            share *= context.cached(
                 ("density", id(index)),
                 lambda: pattern.density(index, num_tokens=layout.num_tokens, doc_ids=context.doc_ids),
             )
+        if share < 1 or pattern.kind != "dense":
+            context.densities[self.layer] = share
         return index, verticals

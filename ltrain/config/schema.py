@@ -7,6 +7,7 @@ from pydantic import model_validator
 from ltrain.config.base import ConfigError, Section
 from ltrain.config.data import DataConfig
 from ltrain.config.memory import MemorySection
+from ltrain.config.elimination import BlockElimination, EliminationConfig, NoElimination
 from ltrain.config.model import ModelConfig
 from ltrain.config.parallel import AttentionSection, ParallelSection
 from ltrain.config.planner import MeasuredCost, PlannedAssignment
@@ -50,6 +51,8 @@ class RunConfig(Section):
     """What attention computes."""
     memory: MemorySection = MemorySection()
     """What is saved for the backward pass."""
+    elimination: EliminationConfig = NoElimination()
+    """Which tokens a layer processes."""
     sync: SyncConfig = EveryStep()
     """How replicas of the run, each a job of its own, stay together."""
     checkpoint: CheckpointSection = CheckpointSection()
@@ -103,6 +106,8 @@ def check_sections(config: RunConfig) -> None:
             "has weights of its own, which the trainer doesn't train yet",
             "use it from ltrain.attention.patterns, or take vertical_slash, xattention or block_topk",
         )
+    if isinstance(config.elimination, BlockElimination):
+        check_elimination(config, config.elimination)
     if config.sync.kind == "every_step" and config.sync.peers is not None:
         raise ConfigError(
             "sync.kind",
@@ -172,3 +177,67 @@ def check_planned(parallel: ParallelSection, section: PlannedAssignment) -> None
     for holds, field, value, rule, fix in rules:
         if not holds:
             raise ConfigError(field, value, rule, fix)
+
+
+def check_elimination(config: RunConfig, elimination: BlockElimination) -> None:
+    """Raise ConfigError where token elimination can't be combined with the rest of the run."""
+    parallel = config.parallel
+    context, tensor = parallel.context, parallel.tensor
+    if isinstance(parallel.assignment, PlannedAssignment):
+        raise ConfigError(
+            "elimination.kind",
+            elimination.kind,
+            "can't be combined with parallel.assignment.kind=planned: groups of uneven shares cut strata",
+            "take the static assignment",
+        )
+    block = elimination.block or context.block
+    if context.block % block:
+        raise ConfigError(
+            "elimination.block",
+            block,
+            f"must divide parallel.context.block={context.block}",
+            "blocks stay whole",
+        )
+    need = 2 * tensor * context.degree
+    if elimination.strata % need:
+        raise ConfigError(
+            "elimination.strata",
+            elimination.strata,
+            f"must be a multiple of 2 x parallel.tensor x parallel.context.degree = {need}",
+            f"use {-(-elimination.strata // need) * need}",
+        )
+    blocks = -(-config.train.seq_len // context.block)
+    if elimination.strata > blocks:
+        raise ConfigError(
+            "elimination.strata",
+            elimination.strata,
+            f"must not exceed the {blocks} blocks of parallel.context.block in train.seq_len",
+            "use smaller blocks or fewer strata",
+        )
+    pattern = config.attention.pattern
+    if pattern.kind in ("vertical_slash", "seer_gate", "nsa"):
+        raise ConfigError(
+            "attention.pattern.kind",
+            pattern.kind,
+            "goes by distances and weights of the whole sequence and can't be combined with elimination",
+            "take dense, sliding_window, s2, longgen, xattention or block_topk",
+        )
+    if pattern.kind != "dense" and block != context.block:
+        raise ConfigError(
+            "elimination.block", block, f"must be parallel.context.block={context.block} with sparse patterns"
+        )
+    scorer = elimination.scorer.kind
+    if scorer == "lemo" and (context.degree > 1 or tensor > 1):
+        raise ConfigError(
+            "elimination.scorer.kind",
+            scorer,
+            "compares all tokens and heads, which must lie on one rank",
+            "take pooled or predictor, or context and tensor degrees of 1",
+        )
+    if scorer == "predictor" and tensor > 1 and parallel.sequence_parallel:
+        raise ConfigError(
+            "elimination.scorer.kind",
+            scorer,
+            "reads whole blocks, which sequence parallelism cuts",
+            "set parallel.sequence_parallel to false, or take pooled",
+        )

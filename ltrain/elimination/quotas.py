@@ -24,16 +24,16 @@ Deal = Literal["striped", "contiguous"]
 _EPSILON = 1e-9
 
 
-def stratum_of_block(num_blocks: int, strata: int, deal: Deal = "striped") -> np.ndarray:
-    """The stratum of every block, int64 [N].
+def stratum_of_block(num_blocks: int, strata: int, deal: Deal = "striped", per_deal: int = 1) -> np.ndarray:
+    """The stratum of every block, int64 [N]; `per_deal` consecutive blocks are dealt together.
 
-    `striped`: block b is of stratum b mod strata, for layouts that deal blocks round robin. `contiguous`:
-    runs of blocks, for contiguous and zigzag layouts.
+    `striped`: deal d is of stratum d mod strata, for layouts that deal blocks round robin. `contiguous`: runs
+    of deals, for contiguous and zigzag layouts.
     """
-    blocks = np.arange(num_blocks, dtype=np.int64)
+    deals = np.arange(num_blocks, dtype=np.int64) // per_deal
     if deal == "striped":
-        return blocks % strata
-    return blocks * strata // max(num_blocks, 1)
+        return deals % strata
+    return deals * strata // max(-(-num_blocks // per_deal), 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +64,17 @@ def plan_quotas(
     *,
     strata: int = 1,
     deal: Deal = "striped",
+    per_deal: int = 1,
     forced: np.ndarray | None = None,
     doc_of_block: np.ndarray | None = None,
 ) -> Quotas:
     """The quotas of a sequence.
 
-    A document of n blocks keeps floor(ratio x n) of them, at least one: floor(ratio x n / strata), at least
-    one, in every stratum where it has a block in each, so that strata stay equal; a striped document of fewer
-    blocks than strata is one cell. Forced blocks count; where a stratum holds more of them than its quota,
-    all strata of the document keep that many more. A ratio of 1 keeps everything but padding.
+    A document of n blocks keeps floor(ratio x n / strata) of them in every stratum, so that strata stay
+    equal. One too short for that is not divided and keeps floor(ratio x n), at least one, of all its blocks
+    (with contiguous strata it is divided where a border of strata cuts it). Forced blocks count; where a
+    stratum holds more of them than its quota, all strata of the document keep that many. A ratio of 1 keeps
+    everything but padding.
 
     forced: bool [N]. doc_of_block: int [N], -1 for padding, which is never kept. Raises ConfigError on a
     ratio outside (0, 1] and on strata below one.
@@ -86,7 +88,7 @@ def plan_quotas(
         if x.shape != (num_blocks,):
             raise ConfigError(f"{name}.shape", x.shape, f"must be [{num_blocks}], one entry a block")
     forced &= docs >= 0
-    stratum = stratum_of_block(num_blocks, strata, deal)
+    stratum = stratum_of_block(num_blocks, strata, deal, per_deal)
     cell = np.full(num_blocks, -1, np.int64)
     quota: list[int] = []
     real = docs[docs >= 0]
@@ -94,10 +96,10 @@ def plan_quotas(
     for doc in np.unique(real):
         own = np.flatnonzero(docs == doc)
         parts = stratum[own]
-        if deal == "striped" and len(own) < strata:
+        if deal == "striped" and int(ratio * len(own) / strata + _EPSILON) < 1:
             parts = np.zeros(len(own), np.int64)
         names, inside, sizes = np.unique(parts, return_inverse=True, return_counts=True)
-        counts = _cell_quotas(ratio, sizes, strata)
+        counts = _cell_quotas(ratio, sizes, strata, per_deal)
         held = np.bincount(inside, weights=forced[own], minlength=len(names)).astype(np.int64)
         if len(names) == strata:
             counts = np.maximum(counts, held.max())
@@ -107,12 +109,12 @@ def plan_quotas(
     return Quotas(cell, forced, np.asarray(quota, np.int64))
 
 
-def _cell_quotas(ratio: float, sizes: np.ndarray, strata: int) -> np.ndarray:
+def _cell_quotas(ratio: float, sizes: np.ndarray, strata: int, per_deal: int) -> np.ndarray:
     """Blocks to keep in the cells of one document, before forced ones are counted."""
     if ratio == 1:
         return sizes.copy()
     total = int(sizes.sum())
-    if len(sizes) == strata and sizes.max() - sizes.min() <= 1:
+    if len(sizes) == strata and sizes.max() - sizes.min() <= per_deal:
         return np.full(len(sizes), max(1, int(ratio * total / strata + _EPSILON)), np.int64)
     counts = (ratio * sizes + _EPSILON).astype(np.int64)
     if not counts.any():

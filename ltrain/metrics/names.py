@@ -106,6 +106,7 @@ PREFIXES = {
     "eval/loss_pos/": "held-out loss of the tokens up to this position in their document",
     "elim/kept_frac_by_layer/": "kept share of tokens in this layer",
     "sync/bandwidth/": "measured bandwidth of the link from this replica, bytes/s",
+    "elim/captured_mass_by_layer/": "share of the score mass in this layer's kept blocks",
     "sparse/density_by_layer/": "attended share of the causal area in this layer",
 }
 

@@ -26,6 +26,8 @@ from torch import nn
 
 from ltrain.config.memory import MemoryLevel
 from ltrain.config.model import LoraAdapter
+from ltrain.elimination.layer import eliminating
+from ltrain.elimination.runtime import Elimination
 from ltrain.model.layer import LeanTransformerLayer
 from ltrain.model.lora import LoraColumnParallelLinear, LoraRowParallelLinear
 from ltrain.model.spec import ModelSpec
@@ -117,6 +119,7 @@ def layer_spec(
     lora: LoraAdapter | None = None,
     space: Subspace | None = None,
     memory_level: MemoryLevel = "none",
+    elimination: Elimination | None = None,
 ) -> ModuleSpec:
     """One transformer layer of mcore's local modules around `core_attention`; with `space` its residual
     writers write into the subspace only.
@@ -135,10 +138,15 @@ def layer_spec(
     if space is not None:
         proj = down = ModuleSpec(module=SubspaceRowParallelLinear, params={"space": space})
     qkv: Any = partial(LoraColumnParallelLinear, lora=lora) if "qkv" in targets else ColumnParallelLinear
-    lean = memory_level != "none"
+    module: type = TransformerLayer
+    params: dict[str, Any] = {}
+    if memory_level != "none":
+        module, params = LeanTransformerLayer, {"level": memory_level}
+    if elimination is not None:
+        module, params = eliminating(module), params | {"elimination": elimination}
     return ModuleSpec(
-        module=LeanTransformerLayer if lean else TransformerLayer,
-        params={"level": memory_level} if lean else {},
+        module=module,
+        params=params,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -181,14 +189,15 @@ def build_model(
     model_class: Callable[..., GPTModel] = GPTModel,
     lora: LoraAdapter | None = None,
     memory_level: MemoryLevel = "none",
+    elimination: Elimination | None = None,
     options: dict[str, Any] | None = None,
     **model_arguments: Any,
 ) -> GPTModel:
     """This pipeline stage of the model, on this process's device, with uninitialised matrices.
 
     mcore's process groups must exist with the degrees given. `model_class` and `model_arguments` serve
-    subclasses of `GPTModel`; `lora` adds adapters; `memory_level` is `memory.level`; `options` are further
-    fields of `TransformerConfig`.
+    subclasses of `GPTModel`; `lora` adds adapters; `memory_level` is `memory.level`; with `elimination`
+    layers drop tokens and need `CoreAttention`; `options` are further fields of `TransformerConfig`.
     Raises ConfigError where the degrees don't divide the model. Fill it with
     `ltrain.model.weights.import_model`.
     """
@@ -204,13 +213,14 @@ def build_model(
         **(options or {}),
     )
     per_stage = spec.num_layers // pipeline
-    layers = [layer_spec(spec, core_attention, lora, None, memory_level)] * per_stage
+    settings: dict[str, Any] = {"memory_level": memory_level, "elimination": elimination}
+    layers = [layer_spec(spec, core_attention, lora, **settings)] * per_stage
     space = None
     if spec.subspace is not None:
         space = Subspace(spec.hidden_size, spec.subspace.rank, spec.subspace.seed)
         first = get_transformer_layer_offset(config)
         held = max(0, min(per_stage, spec.num_layers - spec.subspace.free_layers - first))
-        layers = [layer_spec(spec, core_attention, None, space, memory_level)] * held + layers[held:]
+        layers = [layer_spec(spec, core_attention, None, space, **settings)] * held + layers[held:]
     with cpu_seam():
         model = model_class(
             config=config,

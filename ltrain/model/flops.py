@@ -48,12 +48,15 @@ def step_flops(
     densities: Sequence[float] | None = None,
     recompute_layers: int = 0,
     kept: Sequence[float] | None = None,
+    mode: str = "qkv",
 ) -> StepFlops:
     """FLOPs of one forward and backward over documents of `lengths` tokens.
 
     `densities` is the fraction of visible pairs that attention computes, a number a layer; `kept` the
-    fraction of tokens that a layer processes; `recompute_layers` counts layers whose linears run twice
-    forward (attention is never recomputed).
+    fraction of tokens that token elimination keeps, and `mode` is its mode: `qkv` spares the projections,
+    `layer` the MLP too, `q` neither (dropped tokens are keys), `backward` only the backward pass of
+    projections and attention, and projects the kept tokens twice. `recompute_layers` counts layers whose
+    linears run twice forward (attention is never recomputed). Scoring the blocks is not counted.
     """
     tokens = sum(lengths)
     per_layer = attention_flops(spec, lengths)
@@ -63,9 +66,19 @@ def step_flops(
     densities = densities if densities is not None else [1.0] * spec.num_layers
     kept = kept if kept is not None else [1.0] * spec.num_layers
     executed: float = 3 * head
+    projections = 2 * spec.attention_matrix_parameters * tokens
     for layer, flops in enumerate(per_layer):
         passes = 4 if layer < recompute_layers else 3
-        executed += passes * linear * kept[layer] + 3 * flops * densities[layer]
+        share, density = kept[layer], densities[layer]
+        mlp = passes * (linear - projections)
+        half = passes * projections * share + 3 * flops * density
+        if mode == "layer":
+            mlp *= share
+        elif mode == "q" and share < 1:
+            half = passes * projections + 3 * flops * density
+        elif mode == "backward" and share < 1:
+            half = projections * (1 + passes * share) + flops * (1 + 2 * density)
+        executed += mlp + half
     return StepFlops(float(model), executed)
 
 

@@ -74,10 +74,14 @@ class ModelSpec:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def attention_matrix_parameters(self) -> int:
+        """Weights of one layer's attention projections."""
+        return self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
+
+    @property
     def layer_matrix_parameters(self) -> int:
         """Weights of one layer's matrices: each costs 2 FLOPs a token in a forward pass."""
-        attention = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
-        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+        return self.attention_matrix_parameters + 3 * self.hidden_size * self.ffn_hidden_size
 
     @property
     def layer_parameters(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,8 @@ def make_micro_batch(
         doc_ids=doc_ids.to(torch.int32).to(device),
         node_size=node_size,
         schedule=schedule,
+        key=zlib.crc32(row.tokens.tobytes()),
+        targets=(labels != IGNORE).numpy(),
     )
     return MicroBatch(
         tokens=tokens[at].to(torch.int64).unsqueeze(0).to(device),

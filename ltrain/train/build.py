@@ -12,10 +12,14 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from ltrain.attention import patterns
 from ltrain.attention.module import AttentionSettings, CoreAttention
+from ltrain.config.elimination import BlockElimination
 from ltrain.config.model import LoraAdapter
 from ltrain.config.planner import PlannedAssignment
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Loader, held_out_rows, open_corpus
+from ltrain.elimination import scorers
+from ltrain.elimination.ratios import resolve_ratios
+from ltrain.elimination.runtime import Elimination
 from ltrain.model.build import build_model
 from ltrain.model.freeze import freeze_parameters
 from ltrain.model.language_model import LanguageModel
@@ -53,7 +57,8 @@ def build_run(config: RunConfig) -> Run:
         model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
     # One process tokenises what is not in the cache yet, under a lock; the others wait for it.
     corpus = open_corpus(config.data, plan.tokenizer)
-    model = build_language_model(config, plan.spec, mesh)
+    elimination = build_elimination(config, plan.spec)
+    model = build_language_model(config, plan.spec, mesh, elimination)
     ddp = wrap_ddp(
         model, distributed_optimizer=config.optimizer.distributed, overlap=parallel.overlap_grad_reduce
     )
@@ -118,10 +123,28 @@ def build_run(config: RunConfig) -> Run:
         source_rope=plan.source_rope,
         links=links,
         replicas=replicas,
+        elimination=elimination,
     )
 
 
-def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
+def build_elimination(config: RunConfig, spec: ModelSpec) -> Elimination | None:
+    """Token elimination of the run, if it has any."""
+    section = config.elimination
+    if not isinstance(section, BlockElimination):
+        return None
+    return Elimination(
+        section,
+        resolve_ratios(section, spec.num_layers),
+        scorers.from_config(section.scorer),
+        block=section.block or config.parallel.context.block,
+        steps=config.train.steps,
+        seed=config.run.seed,
+    )
+
+
+def build_language_model(
+    config: RunConfig, spec: ModelSpec, mesh: Mesh, elimination: Elimination | None = None
+) -> Any:
     """This rank's stage and shard of the model, with the weights of its source."""
     settings = AttentionSettings(
         rope=spec.rope,
@@ -136,6 +159,7 @@ def build_language_model(config: RunConfig, spec: ModelSpec, mesh: Mesh) -> Any:
         spec,
         lora=lora,
         memory_level=config.memory.level,
+        elimination=elimination,
         core_attention=partial(CoreAttention, settings=settings),
         model_class=LanguageModel,
         real_vocab_size=spec.vocab_size,

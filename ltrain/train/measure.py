@@ -83,6 +83,8 @@ class Measure:
         local |= run.links.bytes_sent()
         if sync is not None:
             local |= sync.metrics
+        if run.elimination is not None:
+            local |= elimination_metrics(batches)
         if torch.cuda.is_available():
             local |= devices.gpu_metrics(torch.cuda.current_device())
         metrics, spread = reduce_over_ranks(local, run.mesh.device)
@@ -101,7 +103,9 @@ class Measure:
             if found
             else None
         )
-        flops = step_flops(run.spec, lengths, densities=densities)
+        kept = [metrics.get(f"elim/kept_frac_by_layer/{i}", 1.0) for i in range(run.spec.num_layers)]
+        mode = run.elimination.config.mode if run.elimination is not None else "qkv"
+        flops = step_flops(run.spec, lengths, densities=densities, kept=kept, mode=mode)
         tflops = flops.model / seconds / world / 1e12
         metrics |= {
             "train/loss": result.loss,
@@ -119,7 +123,12 @@ class Measure:
             "balance/compute_max_over_mean": compute[0] / compute[1] if compute[1] else 1.0,
             **data.stats,
         }
-        if densities is not None:
+        if run.elimination is not None:
+            metrics["elim/kept_frac"] = sum(kept) / len(kept)
+            masses = [value for name, value in metrics.items() if name.startswith(_MASS)]
+            if masses:
+                metrics["elim/captured_mass"] = sum(masses) / len(masses)
+        if densities is not None and config.attention.pattern.kind != "dense":
             metrics["sparse/density"] = sum(densities) / len(densities)
         if self.peak is not None:
             metrics["perf/mfu"] = tflops / self.peak
@@ -158,6 +167,21 @@ class Measure:
 
     def close(self) -> None:
         self.sinks.close()
+
+
+_KEPT, _MASS = "elim/kept_frac_by_layer/", "elim/captured_mass_by_layer/"
+
+
+def elimination_metrics(batches: list[MicroBatch]) -> dict[str, float]:
+    """Kept share of tokens and captured share of the score mass of this stage's layers, means over
+    micro-batches; empty where no layer dropped a token."""
+    found = [batch.context.eliminated for batch in batches if batch.context.eliminated]
+    metrics = {}
+    for layer in sorted({layer for values in found for layer in values}):
+        kept, mass = zip(*(values[layer] for values in found if layer in values), strict=True)
+        metrics[f"{_KEPT}{layer}"] = sum(kept) / len(kept)
+        metrics[f"{_MASS}{layer}"] = sum(float(m) for m in mass) / len(mass)
+    return metrics
 
 
 def reduce_over_ranks(

@@ -18,6 +18,7 @@ from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Loader
 from ltrain.data.rows import Row
 from ltrain.data.tokenizer import Tokenizer
+from ltrain.elimination.runtime import Elimination
 from ltrain.metrics import devices
 from ltrain.model.language_model import LanguageModel
 from ltrain.model.spec import ModelSpec, model_fingerprint
@@ -63,6 +64,7 @@ class Run:
     source_rope: Rope
     links: StageLinks
     replicas: Replicas
+    elimination: Elimination | None = None
     step: int = 0
     tokens: int = 0
     skipped_steps: int = 0
@@ -147,7 +149,24 @@ class Run:
             f"mesh {self.mesh.describe()} on {self.mesh.device.type}",
             context_line,
             f"{train.tokens_per_step} tokens a step = {train.seq_len} tokens a row x {rows_line}",
+            f"context parallelism: {context.schedule} exchange, {context.layout} layout, "
+            f"blocks of {context.block}",
+            f"{train.tokens_per_step} tokens a step = {train.seq_len} tokens a row x {micro} micro-batches x "
+            f"{self.mesh.data.size} data-parallel ranks",
+            *self._elimination_line(),
             f"steps {self.step} to {train.steps}, {len(self.held_out)} held-out rows",
+        ]
+
+    def _elimination_line(self) -> list[str]:
+        if self.elimination is None:
+            return []
+        elimination = self.elimination
+        config, ratios = elimination.config, elimination.ratios
+        sparse = [ratio for ratio in ratios if ratio < 1]
+        return [
+            f"token elimination: mode {config.mode}, scorer {config.scorer.kind}, {len(sparse)} of "
+            f"{len(ratios)} layers keep {min(sparse, default=1.0):g} to {max(sparse, default=1.0):g} of "
+            f"{elimination.block}-token blocks"
         ]
 
     def environment(self) -> dict[str, Any]:

@@ -79,6 +79,8 @@ class Trainer:
         with timers.phase("data", host=True):
             data = run.loader.next_step()
             batches = run.assignment.batches(data.rows)
+        if run.elimination is not None:
+            run.elimination.step = run.step
         run.ddp.zero_grad_buffer()
         run.optimizer.zero_grad()
         with self.measure.profile(run.step + 1):

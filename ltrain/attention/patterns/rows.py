@@ -40,6 +40,15 @@ def concatenate(parts: Sequence[BlockIndex]) -> ListIndex:
     )
 
 
+def only_rows(index: BlockIndex, rows: np.ndarray) -> ListIndex:
+    """`index` with empty lists in all rows but these, which are ascending and distinct."""
+    kept = torch.from_numpy(rows).to(index.device)
+    ptr, col = index.entries(kept)
+    counts = ptr.new_zeros(index.batch, index.heads, index.num_rows)
+    counts[..., kept] = ptr[..., 1:] - ptr[..., :-1]
+    return assemble(counts, col, index.num_cols, index.block_q, index.block_k)
+
+
 def restrict(index: BlockIndex, documents: list[Documents]) -> ListIndex:
     """`index` (batch 1, document order) without the blocks that share no document; one sequence per entry."""
     row = torch.arange(index.num_rows, device=index.device)

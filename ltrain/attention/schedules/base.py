@@ -75,6 +75,11 @@ class Problem:
     device: torch.device
     window: int | None = None
     verticals: Any = None
+    token_ids: Tensor | None = None
+
+    def positions(self, ids: Tensor) -> Tensor:
+        """What causality and windows go by for tokens `ids` of the sequence."""
+        return ids if self.token_ids is None else self.token_ids.to(ids)[ids]
 
     @property
     def group_size(self) -> int:
@@ -109,7 +114,7 @@ class Problem:
         if self.doc_ids is not None:
             doc = self.doc_ids.reshape(-1, self.layout.num_tokens)[:, ids.to(self.doc_ids.device)]
             doc = doc.to(self.device, torch.int32)
-        return Chunk(blocks, ids.to(self.device, torch.int32), doc)
+        return Chunk(blocks, self.positions(ids).to(self.device, torch.int32), doc)
 
 
 class GradientSink(Protocol):

@@ -36,7 +36,7 @@ def needed_blocks(problem: Problem) -> np.ndarray:
     Counts only blocks with a visible pair: causal, of a common document, in the window.
     """
     layout = problem.layout
-    pos = torch.arange(layout.num_tokens, dtype=torch.int32)
+    pos = problem.positions(torch.arange(layout.num_tokens)).to(torch.int32)
     doc = problem.doc_ids.cpu() if problem.doc_ids is not None else None
     plan = prepare(problem.index.to("cpu"), q_pos=pos, k_pos=pos, q_doc=doc, k_doc=doc, window=problem.window)
     ptr, col = plan.rows.ptr.numpy(), plan.rows.ids.numpy()
@@ -130,7 +130,8 @@ class Needed:
         pos = torch.full((self.classes, self.width), NEVER, dtype=torch.int64)
         for g, blocks in enumerate(self.blocks):
             ids = torch.from_numpy((blocks[:, None] * layout.block + np.arange(layout.block)).reshape(-1))
-            pos[g, : len(ids)] = torch.where(ids < layout.num_tokens, ids, NEVER)
+            ids = ids[ids < layout.num_tokens]
+            pos[g, : len(ids)] = ids
         doc = q_doc = None
         folded = self.classes > 1
         if problem.doc_ids is not None:
@@ -145,6 +146,8 @@ class Needed:
             else:
                 doc = doc[:, 0]
             doc = doc.to(problem.device, torch.int32)
+        there = pos != NEVER
+        pos[there] = problem.positions(pos[there])
         pos = pos.to(problem.device, torch.int32)
         if folded:
             index = self._folded_index(slots)

@@ -1,0 +1,150 @@
+"""What all layers of a run share: which blocks are kept at a step, and the sequences they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ltrain.attention.context import AttentionContext, Excerpt
+from ltrain.config.elimination import BlockElimination
+from ltrain.elimination.inputs import LayerInputs
+from ltrain.elimination.scorers import Scorer
+from ltrain.elimination.select import keep_best
+from ltrain.elimination.sequence import BlockedSequence, as_blocks
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a sparse layer works on: the kept blocks, int64 [K], of `sequence`, and where their tokens lie.
+
+    `rows` int64 are rows of this rank's residual, `local_rows` those of its context-parallel shard, which
+    sequence parallelism cuts in parts; both ascending. `padding` rows are added so that all tensor-parallel
+    ranks have the same number; `real_rows` are then the others among the ranks' rows together.
+    """
+
+    sequence: BlockedSequence
+    blocks: np.ndarray
+    rows: Tensor
+    local_rows: Tensor
+    padding: int
+    real_rows: Tensor | None
+
+
+class Elimination:
+    """Token elimination of a run; `step` optimizer steps are done, and the next is what layers work on.
+
+    `ratios` is one a layer of the whole model. Nothing here depends on the number of ranks, and everything
+    follows from configuration, step and row, so that a resumed run goes on bit for bit.
+    """
+
+    def __init__(
+        self, config: BlockElimination, ratios: tuple[float, ...], scorer: Scorer, *, block: int, steps: int,
+        seed: int,
+    ) -> None:  # fmt: skip
+        self.config, self.ratios, self.scorer = config, ratios, scorer
+        self.block, self.steps, self.seed = block, steps, seed
+        self.step = 0
+
+    def ratio(self, layer: int) -> float:
+        """The layer's ratio at this step: it rises linearly to 1 over the last `anneal` of the steps."""
+        ratio = self.ratios[layer]
+        first = self.steps * (1 - self.config.anneal)
+        if self.config.anneal and self.step >= first:
+            ratio += (1 - ratio) * min(1.0, (self.step + 1 - first) / (self.steps - first))
+        return ratio if ratio < 1 else 1.0
+
+    def sequence(self, context: AttentionContext) -> BlockedSequence:
+        assert context.layout is not None
+        layout = context.layout
+        return context.cached(
+            ("blocks", self.block),
+            lambda: BlockedSequence.of(layout, self.block, context.doc_ids, context.targets),
+        )
+
+    def choose(self, layer: int, inputs: LayerInputs) -> Choice:
+        """The blocks that `layer` keeps of the sequence at hand, made once and then kept with the context: a
+        recomputation in the backward pass gets the same object."""
+        return inputs.context.cached(("kept", layer), lambda: self._choose(layer, inputs))
+
+    @torch.no_grad()
+    def _choose(self, layer: int, inputs: LayerInputs) -> Choice:
+        context, sequence, config = inputs.context, inputs.sequence, self.config
+        ratio = self.ratio(layer)
+        quotas = context.cached(
+            ("quotas", ratio),
+            lambda: sequence.quotas(
+                ratio,
+                config.strata,
+                sinks=config.sink_blocks,
+                local=config.local_blocks,
+                targets=config.target_blocks,
+            ),
+        )
+        scores = self.scorer.score(inputs)
+        kept = keep_best(scores, quotas)
+        for group in (inputs.attention.pg_collection.tp, context.group):
+            if group is not None and group.size() > 1:
+                # Ranks compute the same scores; a choice that differs by a rounding would hang the exchange.
+                dist.broadcast(kept, dist.get_global_rank(group, 0), group=group)
+        seen = torch.from_numpy(quotas.cell >= 0).to(scores.device)
+        mass = scores[kept].sum() / scores[seen].sum().clamp(min=1e-30)
+        share = sequence.num_tokens_of(as_blocks(kept)) / max(sequence.layout.num_tokens, 1)
+        context.eliminated[layer] = (share, mass)
+        return self._rows(as_blocks(kept), inputs)
+
+    def _rows(self, blocks: np.ndarray, inputs: LayerInputs) -> Choice:
+        sequence, device = inputs.sequence, inputs.x.device
+        local = sequence.rows_of(inputs.context.rank, blocks)
+        rows, padding, real = local, 0, None
+        if inputs.sharded and inputs.attention.pg_collection.tp.size() > 1:
+            group = inputs.attention.pg_collection.tp
+            size = inputs.x.shape[0]
+            counts = np.bincount(local // size, minlength=group.size())
+            most, me = int(counts.max()), group.rank()
+            rows = local[local // size == me] - me * size
+            padding = most - len(rows)
+            place = np.concatenate([np.arange(n) + i * most for i, n in enumerate(counts)])
+            real = torch.from_numpy(place).to(device)
+        as_tensor = torch.from_numpy(rows).to(device), torch.from_numpy(local).to(device)
+        return Choice(sequence, blocks, *as_tensor, padding, real)
+
+    def excerpt(
+        self, context: AttentionContext, choice: Choice, given: tuple[Tensor, Tensor] | None = None
+    ) -> AttentionContext:
+        """The sequence of the kept tokens: their layout, and their places and documents in the whole one."""
+        assert context.rope_positions is not None
+        sequence, blocks, local = choice.sequence, choice.blocks, choice.local_rows
+        ids = torch.from_numpy(sequence.token_ids(blocks))
+        docs = context.doc_ids
+        tables = context.rope_tables
+        whole = self._fine(context, sequence)
+        pairs = sequence.visible_pairs(blocks, blocks) / max(sequence.documents.total_pairs, 1)
+        return replace(
+            context,
+            layout=sequence.kept_layout(blocks),
+            rope_positions=context.rope_positions.index_select(0, local),
+            doc_ids=None if docs is None else docs.index_select(-1, ids.to(docs.device)),
+            rope_tables=None if tables is None else tuple(x.index_select(0, local) for x in tables),
+            excerpt=Excerpt(whole, blocks, ids.to(local.device, torch.int32), pairs),
+            real_rows=choice.real_rows,
+            given=given,
+            _cache={},
+        )
+
+    def _fine(self, context: AttentionContext, sequence: BlockedSequence) -> AttentionContext:
+        """The whole sequence in blocks of elimination; its static indices are shared by the layers."""
+        return context.cached(
+            ("fine", self.block), lambda: replace(context, layout=sequence.layout, _cache={})
+        )
+
+    def queries_only(self, context: AttentionContext, choice: Choice) -> AttentionContext:
+        """The whole sequence, of which only the kept blocks ask."""
+        return replace(self._fine(context, choice.sequence), query_blocks=choice.blocks)
+
+    def recorded(self, context: AttentionContext, into: list[tuple[Tensor, Tensor]]) -> AttentionContext:
+        """The whole sequence, whose attention also goes to `into`."""
+        return replace(context, record=into)
