@@ -3,11 +3,11 @@
     python tools/bench/elimination_quality.py --workers 16 --out DIR      # runs what DIR doesn't hold yet
     ltrain report --elimination DIR                                       # table and plot
 
-For every seed a model is trained at 256 tokens, then on at 1,024 (linear position interpolation) by every arm,
-each a run of the trainer: same start, data, number of tokens. All arms are evaluated without elimination, on
-held-out text and on a recall task: pairs @key=value stand in text, and every key is asked for once at the end
-of the document. After reference arXiv 2501.09767; arms that the paper lacks are dense training of as many
-bytes, random and recent blocks. Every run is one thread; each writes one JSON file.
+For every seed a model is trained at 256 tokens, then on at 1,024 (linear position interpolation) by every
+arm, each a run of the trainer: same start, data, number of tokens. All arms are evaluated without
+elimination, on held-out text and on a recall task: pairs @key=value stand in text, and every key is asked for
+once at the end of the document. Dense training of as many bytes, random and recent blocks are controls that
+arXiv 2501.09767 lacks. Every arm is one thread and writes one JSON file.
 """
 
 from __future__ import annotations
@@ -305,6 +305,8 @@ def main() -> None:
     args.pretrain_threads = max(1, args.workers // args.seeds)
     os.environ["OMP_NUM_THREADS"] = str(args.pretrain_threads)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # A build of its own: a lock that a killed process left in the shared cache would wait for ever.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(args.out / "extensions"))
     write_data(args.out / "data", args.tiny)
     from ltrain_kernels.block_sparse import cpu
 
@@ -322,7 +324,8 @@ def main() -> None:
             found = json.loads(job.result().read_text())
             print(
                 f"{time.perf_counter() - began:5.0f} s  {found['arm']:36} seed {found['seed']}  text "
-                f"{found['text_loss']:.4f}  recall {found['recall_accuracy']:.3f}  ({found['seconds']:.0f} s)",
+                f"{found['text_loss']:.4f}  recall {found['recall_accuracy']:.3f}  in "
+                f"{found['seconds']:.0f} s",
                 flush=True,
             )
 
