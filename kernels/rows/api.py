@@ -1,9 +1,9 @@
 """Reading some rows of the residual, and writing them back, without full-length temporaries.
 
-S rows (tokens), K listed rows (int64, distinct), E features. The functions come in pairs, a reader that also
-hands the residual on and a writer that takes it: the gradient of the residual then passes both as one tensor,
-into which the rows' gradients are written, and rows that are not listed get the upstream gradient unchanged,
-bit for bit. CPU tensors go through PyTorch, others through Triton.
+S rows (tokens), K listed rows (int64, distinct), E features; tensors are [rows, E] or [rows, 1, E]. The
+functions come in pairs, a reader that also hands the residual on and a writer that takes it: the gradient of
+the residual then passes both as one tensor, into which the rows' gradients are written, and rows that are not
+listed get the upstream gradient unchanged, bit for bit. CPU tensors go through PyTorch, others through Triton.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def norm_rows(x: Tensor, rows: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     don't fit.
     """
     _check(x, rows, None)
-    require(weight.shape == x.shape[1:], "weight.shape", tuple(weight.shape), "must be [E]")
+    require(weight.shape == x.shape[-1:], "weight.shape", tuple(weight.shape), "must be [E]")
     return _NormRows.apply(x, rows, weight, eps)
 
 
@@ -75,7 +75,7 @@ class _NormRows(torch.autograd.Function):
         g, hat = dnormed.to(wide), kept.to(wide)
         scale = (hat.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
         hat = hat * scale
-        dweight = (g * hat).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        dweight = (g * hat).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
         g = g * weight.to(wide)
         g = scale * (g - hat * (g * hat).mean(-1, keepdim=True))
         out.index_add_(0, rows, g.to(out.dtype))
@@ -125,16 +125,17 @@ class _CloseRows(torch.autograd.Function):
 
 
 def _check(x: Tensor, rows: Tensor, y: Tensor | None) -> None:
-    require(x.dim() == 2, "x.shape", tuple(x.shape), "must be [rows, features]")
+    flat = x.dim() == 2 or (x.dim() == 3 and x.shape[1] == 1)
+    require(flat, "x.shape", tuple(x.shape), "must be [rows, features] or [rows, 1, features]")
     require(rows.dim() == 1 and rows.dtype == torch.int64, "rows", rows.dtype, "must be one int64 list")
     if y is not None:
-        shape = (len(rows), x.shape[1])
+        shape = (len(rows), *x.shape[1:])
         require(tuple(y.shape) == shape, "y.shape", tuple(y.shape), f"must be {shape}")
         require(y.dtype == x.dtype, "y.dtype", y.dtype, f"must be x's, {x.dtype}")
 
 
 def _in_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and x.shape[1] <= _triton().MAX_FEATURES
+    return x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= _triton().MAX_FEATURES
 
 
 def _triton() -> Any:

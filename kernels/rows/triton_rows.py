@@ -78,9 +78,9 @@ def write_rows_kernel(x, place, y, out, E, ADD: tl.constexpr, BLOCK: tl.constexp
 
 
 def norm_rows(x: Tensor, rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(kept [K, E], normed [K, E], rstd fp32 [K])."""
-    count, size = len(rows), x.shape[1]
-    kept, normed = (torch.empty(count, size, dtype=x.dtype, device=x.device) for _ in range(2))
+    """(kept [K, ..., E], normed [K, ..., E], rstd fp32 [K])."""
+    count, size = len(rows), x.shape[-1]
+    kept, normed = (x.new_empty(count, *x.shape[1:]) for _ in range(2))
     rstd = torch.empty(count, dtype=torch.float32, device=x.device)
     if count:
         block = triton.next_power_of_2(size)
@@ -94,7 +94,7 @@ def norm_rows_backward(
     grad: Tensor, kept: Tensor, rows: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor
 ) -> Tensor:
     """Adds to dx[rows] in place; returns the weight's gradient, fp32 [E]."""
-    count, size = kept.shape
+    count, size = kept.shape[0], kept.shape[-1]
     programs = -(-count // _BACKWARD_ROWS)
     partial = torch.empty(programs, size, dtype=torch.float32, device=kept.device)
     if count:
@@ -107,14 +107,14 @@ def norm_rows_backward(
 
 
 def write_rows(x: Tensor, rows: Tensor, y: Tensor, *, add: bool) -> Tensor:
-    """x [S, E] with y [K, E] added to, or in place of, the listed rows: one new tensor, written once."""
+    """x [S, ..., E] with y [K, ..., E] added to, or in place of, the listed rows: one new tensor."""
     out = torch.empty_like(x)
     if x.numel():
         place = torch.full((x.shape[0],), -1, dtype=torch.int32, device=x.device)
         place[rows] = torch.arange(len(rows), dtype=torch.int32, device=x.device)
-        block = triton.next_power_of_2(x.shape[1])
+        block = triton.next_power_of_2(x.shape[-1])
         write_rows_kernel[(x.shape[0],)](
-            x, place, y.contiguous(), out, x.shape[1], ADD=add, BLOCK=block, num_warps=warps(block)
+            x, place, y.contiguous(), out, x.shape[-1], ADD=add, BLOCK=block, num_warps=warps(block)
         )
     return out
 

@@ -58,10 +58,9 @@ def eliminating(base: type) -> type:
                 passed, rows = self._open(x, choice)
                 return self._close(passed, self._attention(rows, inner), choice)
             eps = norm.eps if norm.eps is not None else torch.finfo(x.dtype).eps
-            passed, normed = norm_rows(x[:, 0], choice.rows, norm.weight, eps)
-            out, bias = self.self_attention(normed.unsqueeze(1), None, packed_seq_params=inner)
-            out = out if bias is None else out + bias
-            return add_rows(passed, choice.rows, out[:, 0]).unsqueeze(1)
+            passed, normed = norm_rows(x, choice.rows, norm.weight, eps)
+            out, bias = self.self_attention(normed, None, packed_seq_params=inner)
+            return add_rows(passed, choice.rows, out if bias is None else out + bias)
 
         def _asking(self, x: Tensor, context: AttentionContext, choice: Choice) -> Tensor:
             """Dropped tokens are keys, not queries: their rows of attention are empty, and so zero."""
@@ -91,13 +90,11 @@ def eliminating(base: type) -> type:
             return self.mlp_half(x) if hasattr(self, "mlp_half") else self._forward_mlp(x)
 
         def _open(self, x: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
-            passed, rows = open_rows(x[:, 0], choice.rows)
-            return passed, torch.nn.functional.pad(rows, (0, 0, 0, choice.padding)).unsqueeze(1)
+            passed, rows = open_rows(x, choice.rows)
+            return passed, torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, choice.padding))
 
         def _close(self, passed: Tensor, rows: Tensor, choice: Choice, value: Tensor | None = None) -> Tensor:
-            rows = rows[: len(choice.rows), 0]
-            value = None if value is None else value[:, 0]
-            return close_rows(passed, choice.rows, rows, value).unsqueeze(1)
+            return close_rows(passed, choice.rows, rows[: len(choice.rows)], value)
 
         def _inputs(self, x: Tensor, context: AttentionContext) -> LayerInputs:
             elimination = self.elimination

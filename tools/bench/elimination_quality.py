@@ -68,7 +68,8 @@ def write_data(folder: Path, tiny: bool) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    texts = [text for file in files if len(text := file.read_text(errors="ignore")) > 4 * LONG]
+    texts = [file.read_bytes().decode("ascii", "ignore") for file in files]
+    texts = [text for text in texts if len(text) > 4 * LONG]
     test, train = texts[::12], [text for i, text in enumerate(texts) if i % 12]
     rng = random.Random(0)
 
@@ -78,10 +79,10 @@ def write_data(folder: Path, tiny: bool) -> None:
     for size in (SHORT, LONG):
         count = (300 if tiny else 24000) * SHORT // size
         dump(f"recall-{size}.jsonl", [recall_document(rng, train, size) for _ in range(count)])
-        chunks = [text[at : at + size - 1] for text in train for at in range(0, len(text) - size, size)]
+        chunks = [text[at : at + size - 2] for text in train for at in range(0, len(text) - size, size)]
         rng.shuffle(chunks)
         dump(f"text-{size}.jsonl", chunks[: 200 if tiny else 20000])
-    windows = [text[at : at + LONG] for text in test for at in range(0, len(text) - LONG, LONG)]
+    windows = [text[at : at + LONG - 2] for text in test for at in range(0, len(text) - LONG, LONG)]
     rng.shuffle(windows)
     dump("test-text.jsonl", windows[: 8 if tiny else 96])
     dump("test-recall.jsonl", [recall_document(rng, test, LONG) for _ in range(8 if tiny else 96)])
@@ -97,7 +98,8 @@ def recall_document(rng: random.Random, texts: list[str], size: int) -> str:
     pairs = [(key, "".join(rng.choices(string.ascii_uppercase, k=2))) for key in sorted(keys)]
     rng.shuffle(pairs)
     asked = "".join(f"?{key}={value}\n" for key, value in rng.sample(pairs, count))
-    room = size - 1 - len(asked) - 7 * count
+    # A document begins and ends with a special token.
+    room = size - 2 - len(asked) - 7 * count
     text = rng.choice(texts)
     start = rng.randrange(len(text) - room)
     filler = text[start : start + room].replace("@", " ").replace("?", " ")
@@ -227,7 +229,7 @@ def saved_bytes(run: Any) -> float:
     import torch
 
     parameters = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
-    batch = micro_batch(run, "x" * (run.config.train.seq_len - 1))
+    batch = micro_batch(run, "x" * (run.config.train.seq_len - 2))
     seen: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -269,13 +271,10 @@ def evaluate(run: Any, data: Path) -> dict[str, float]:
             if kind == "text":
                 spans = {"text": nll, "text_last_quarter": nll[3 * len(nll) // 4 :]}
             else:
-                # Tokens may begin with a special one; values follow '?ab='.
-                shift = len(batch.tokens[0]) - len(text) - 1
-                raw, places = text.encode(), []
-                for at in range(len(raw) - 6):
-                    if raw[at : at + 1] == b"?" and raw[at + 3 : at + 4] == b"=":
-                        places.append(at + 4 + shift)
-                where = torch.tensor([[p, p + 1] for p in places]) - 1
+                # A value is the two bytes after '?ab='; target i is token i + 1.
+                shift = 0 if run.tokenizer.bos_id is None else 1
+                asks = [at for at, byte in enumerate(text) if byte == "?" and text[at + 3] == "="]
+                where = torch.tensor([[at + 4, at + 5] for at in asks]) + shift - 1
                 hit = (logits[:-1].argmax(-1) == targets)[where].all(1)
                 right, asked = right + int(hit.sum()), asked + len(hit)
                 spans = {"recall": nll[where.flatten()]}
