@@ -3,7 +3,8 @@
 S rows (tokens), K listed rows (int64, distinct), E features; tensors are [rows, E] or [rows, 1, E]. The
 functions come in pairs, a reader that also hands the residual on and a writer that takes it: the gradient of
 the residual then passes both as one tensor, into which the rows' gradients are written, and rows that are not
-listed get the upstream gradient unchanged, bit for bit. CPU tensors go through PyTorch, others through Triton.
+listed get the upstream gradient unchanged, bit for bit. CPU tensors go through PyTorch, the others through
+Triton.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from pydantic import model_validator
 
 from ltrain.config.base import ConfigError, Section
 from ltrain.config.data import DataConfig
-from ltrain.config.memory import MemorySection
 from ltrain.config.elimination import BlockElimination, EliminationConfig, NoElimination
+from ltrain.config.memory import MemorySection
 from ltrain.config.model import ModelConfig
 from ltrain.config.parallel import AttentionSection, ParallelSection
 from ltrain.config.planner import MeasuredCost, PlannedAssignment
