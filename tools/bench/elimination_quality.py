@@ -78,7 +78,9 @@ def write_data(folder: Path, tiny: bool) -> None:
 
     for size in (SHORT, EQUAL_BYTES, LONG):
         count = (300 if tiny else 24000) * SHORT // size
-        dump(f"recall-{size}.jsonl", [recall_document(rng, train, size) for _ in range(count)])
+        # The base model learns to recall from short documents that ask three times.
+        asks = 3 if size == SHORT else 1
+        dump(f"recall-{size}.jsonl", [recall_document(rng, train, size, asks) for _ in range(count)])
         chunks = [text[at : at + size - 2] for text in train for at in range(0, len(text) - size, size)]
         rng.shuffle(chunks)
         dump(f"text-{size}.jsonl", chunks[: 200 if tiny else 20000])
@@ -89,15 +91,16 @@ def write_data(folder: Path, tiny: bool) -> None:
     (folder / "done").touch()
 
 
-def recall_document(rng: random.Random, texts: list[str], size: int) -> str:
-    """Pairs `@ab=XY` at random places of a text, then a line `?ab=XY` for each in another order."""
+def recall_document(rng: random.Random, texts: list[str], size: int, asks: int = 1) -> str:
+    """Pairs `@ab=XY` at random places of a text, then `asks` times a line `?ab=XY` for each in random
+    order."""
     count = size // 32
     keys: set[str] = set()
     while len(keys) < count:
         keys.add("".join(rng.choices(string.ascii_lowercase, k=2)))
     pairs = [(key, "".join(rng.choices(string.ascii_uppercase, k=2))) for key in sorted(keys)]
     rng.shuffle(pairs)
-    asked = "".join(f"?{key}={value}\n" for key, value in rng.sample(pairs, count))
+    asked = "".join(f"?{k}={v}\n" for _ in range(asks) for k, v in rng.sample(pairs, count))
     # A document begins and ends with a special token.
     room = size - 2 - len(asked) - 7 * count
     text = rng.choice(texts)
