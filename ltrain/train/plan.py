@@ -10,8 +10,8 @@ import yaml
 
 from ltrain.attention.rope import Rope
 from ltrain.config.base import ConfigError
-from ltrain.config.planner import PlannedAssignment
 from ltrain.config.elimination import BlockElimination
+from ltrain.config.planner import PlannedAssignment
 from ltrain.config.schema import RunConfig
 from ltrain.config.stage_links import IdentityLinks, ProjectionLinks, slow_boundaries
 from ltrain.data.corpus import Corpus

@@ -149,10 +149,6 @@ class Run:
             f"mesh {self.mesh.describe()} on {self.mesh.device.type}",
             context_line,
             f"{train.tokens_per_step} tokens a step = {train.seq_len} tokens a row x {rows_line}",
-            f"context parallelism: {context.schedule} exchange, {context.layout} layout, "
-            f"blocks of {context.block}",
-            f"{train.tokens_per_step} tokens a step = {train.seq_len} tokens a row x {micro} micro-batches x "
-            f"{self.mesh.data.size} data-parallel ranks",
             *self._elimination_line(),
             f"steps {self.step} to {train.steps}, {len(self.held_out)} held-out rows",
         ]
