@@ -50,6 +50,13 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
     from ltrain.report.write import print_report
 
     _none(overrides)
+    if args.elimination is not None:
+        from ltrain.report.elimination import write_study
+
+        print(write_study(args.elimination, args.page))
+        return 0
+    if not args.runs:
+        raise ConfigError("RUN", "(missing)", "must be given", "name the folder of a run, outputs/NAME")
     return print_report(args.runs, args.out)
 
 
@@ -146,7 +153,11 @@ def parser() -> argparse.ArgumentParser:
     add_options(add("eval", _eval, text, config=False))
     text = "Write report.html and plots of one run, or of several beside one another."
     report = add("report", _report, text, config=False)
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, outputs/NAME")
+    report.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folder of a run, outputs/NAME")
+    report.add_argument(
+        "--elimination", type=Path, metavar="DIR", help="report the study of elimination_quality.py instead"
+    )
+    report.add_argument("--page", type=Path, help="with --elimination: Markdown page to put the table into")
     report.add_argument("--out", type=Path, default=None, help="folder to write to (default: the first RUN)")
     text = "Run a benchmark of tools/bench, with its own options (--help shows them)."
     bench = add("bench", _bench, text, config=False)
