@@ -113,6 +113,15 @@ def _rendezvous(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _submit(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.submit import Nodes, parse_group, submit
+
+    groups = [parse_group(text) for text in args.group] or [Nodes(args.nodes, args.gpus_per_node)]
+    settings = {name: getattr(args, name) for name in ("time", "partition", "account")}
+    config = _config(args, overrides)
+    return submit(config, groups, dry_run=args.dry_run, settings=settings, template=args.template)
+
+
 def _none(overrides: list[str]) -> None:
     if overrides:
         raise ConfigError("command line", " ".join(overrides), "is not known to this command")
@@ -146,6 +155,19 @@ def parser() -> argparse.ArgumentParser:
     add("train", _train, "Train; under torchrun on all its ranks, alone otherwise.")
     check = add("check", _check, "Say what a run would do, and whether it can, without starting it.")
     check.add_argument("--world-size", type=int, default=1, help="number of ranks to plan for")
+    text = "Check, render and submit a run as a SLURM job; --dry-run stops before sbatch."
+    job = add("submit", _submit, text)
+    job.add_argument("--nodes", type=int, default=1, help="like nodes (default: 1)")
+    job.add_argument("--gpus-per-node", type=int, default=8, help="0: one CPU process a node (default: 8)")
+    help_text = "instead: a group of nodes, given twice for two kinds of hardware in one job"
+    job.add_argument(
+        "--group", action="append", default=[], metavar="NODES:GPUS[:CONSTRAINT]", help=help_text
+    )
+    job.add_argument("--time", default="24:00:00", help="time limit (default: 24:00:00)")
+    job.add_argument("--partition", default=None)
+    job.add_argument("--account", default=None)
+    job.add_argument("--template", type=Path, default=None, help="job script (default: of slurm/)")
+    job.add_argument("--dry-run", action="store_true", help="write script and configuration only")
     export = add("export", _export, "Write a checkpoint of a run as a Hugging Face folder.")
     export.add_argument("--out", type=Path, default=None, help="folder to write (default: RUN/hf)")
     export.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
