@@ -133,6 +133,21 @@ def _calibrate(args: argparse.Namespace, options: list[str]) -> int:
     return calibrate(options)
 
 
+def _fit_predictor(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.elimination.fit import FitSettings
+    from ltrain.train.elimination import fit_predictor
+
+    settings = FitSettings(args.learning_rate, args.prune_every)
+    return fit_predictor(_config(args, overrides), steps=args.steps, out=args.out, settings=settings)
+
+
+def _calibrate_elimination(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.train.calibrate_elimination import calibrate
+
+    targets = {"target_bytes": args.target_bytes, "target_flops": args.target_flops}
+    return calibrate(_config(args, overrides), rows=args.rows, out=args.out, **targets)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     from ltrain.eval.settings import add_options
@@ -208,7 +223,26 @@ def parser() -> argparse.ArgumentParser:
     add("env", _env, "Versions, devices and which kernels are usable and why not.", config=False)
     text = "Measure links and kernels for the choice of schedule; under torchrun on all ranks."
     add("calibrate", _calibrate, text, config=False)
+    text = "Train the learned block scorer of a run's model, which stays frozen."
+    fit = add("fit-predictor", _fit_predictor, text)
+    fit.add_argument("--steps", type=_positive, default=400, help="rows to train on")
+    fit.add_argument("--out", type=Path, default=None, help="folder (default: elimination.scorer.path)")
+    fit.add_argument("--learning-rate", type=float, default=1e-3, help="of AdamW, after 20 warm-up steps")
+    fit.add_argument("--prune-every", type=_positive, default=100, help="steps between prunings")
+    text = "Find each layer's elimination ratio for a budget: smallest rise of the loss per byte or FLOP saved."
+    ratios = add("calibrate-elimination", _calibrate_elimination, text)
+    ratios.add_argument("--target-bytes", type=float, help="share of the dense run's saved activation bytes")
+    ratios.add_argument("--target-flops", type=float, help="share of the dense run's FLOPs")
+    ratios.add_argument("--rows", type=_positive, default=8, help="rows of data to measure on")
+    ratios.add_argument("--out", type=Path, default=Path("ratios.json"), help="file for elimination.ratio")
     return top
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
