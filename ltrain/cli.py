@@ -229,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--out", type=Path, default=None, help="folder (default: elimination.scorer.path)")
     fit.add_argument("--learning-rate", type=float, default=1e-3, help="of AdamW, after 20 warm-up steps")
     fit.add_argument("--prune-every", type=_positive, default=100, help="steps between prunings")
-    text = "Find each layer's elimination ratio for a budget: smallest rise of the loss per byte or FLOP saved."
+    text = "Find each layer's elimination ratio for a budget: least rise of the loss per byte or FLOP."
     ratios = add("calibrate-elimination", _calibrate_elimination, text)
     ratios.add_argument("--target-bytes", type=float, help="share of the dense run's saved activation bytes")
     ratios.add_argument("--target-flops", type=float, help="share of the dense run's FLOPs")

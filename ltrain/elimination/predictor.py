@@ -1,15 +1,17 @@
-"""The learned predictor of the `lemo` score: two low-rank networks a layer, of elastic size (arXiv 2501.09767).
+"""The learned predictor of the `lemo` score: two low-rank networks a layer, of elastic size (arXiv
+2501.09767).
 
-n blocks of `block` tokens, E hidden size, H heads of the model, P = block * E / H inputs of a head. The hidden
-states of a block are cut into H slices of features; every head's slice passes through the same two networks,
-P -> hidden -> inner -> rank with ReLU between, one for the block as query and one as key. The predicted
-importance of a pair of blocks is the mean over heads of the two vectors' product.
+n blocks of `block` tokens, E hidden size, H heads of the model, P = block * E / H inputs of a head. The
+hidden states of a block are cut into H slices of features; every head's slice passes through the same two
+networks, P -> hidden -> inner -> rank with ReLU between, one for the block as query and one as key. The
+predicted importance of a pair of blocks is the mean over heads of the two vectors' product.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ class ElasticNetwork(nn.Module):
     def __init__(self, sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(b, a) * (2 / a) ** 0.5) for a, b in zip(sizes, sizes[1:], strict=False)
+            nn.Parameter(torch.randn(b, a) * (2 / a) ** 0.5) for a, b in pairwise(sizes)
         )
         self.zeros = [torch.zeros(size) for size in sizes[1:-1]]
         self.seen = 0

@@ -86,9 +86,7 @@ def calibrate(
     return 0
 
 
-def cost_of(
-    spec: ModelSpec, config: RunConfig, mode: str, name: str
-) -> Callable[[Sequence[float]], float]:
+def cost_of(spec: ModelSpec, config: RunConfig, mode: str, name: str) -> Callable[[Sequence[float]], float]:
     """Cost of a token's training by layer ratios: saved bytes at the run's memory level, or FLOPs."""
     length = config.train.seq_len
     element = 2 if config.train.dtype == "bf16" else 4
@@ -115,7 +113,9 @@ def _checked(
 ) -> tuple[BlockElimination, float, str]:
     section = config.elimination
     if not isinstance(section, BlockElimination):
-        raise ConfigError("elimination.kind", section.kind, "must be blocks: its mode and scorer are measured")
+        raise ConfigError(
+            "elimination.kind", section.kind, "must be blocks: its mode and scorer are measured"
+        )
     given = [(t, n) for t, n in ((target_bytes, "bytes"), (target_flops, "FLOPs")) if t is not None]
     if len(given) != 1:
         raise ConfigError("--target-bytes, --target-flops", len(given), "must be given, one of the two")
@@ -124,5 +124,6 @@ def _checked(
     if not 0 < target < 1:
         raise ConfigError(option, target, "must lie between 0 and 1: a share of the dense cost")
     if section.mode == "q" and name == "bytes":
-        raise ConfigError(option, target, "can't be met by mode q, which saves as much as dense", "give --target-flops")
+        rule = "can't be met by mode q, which saves as many bytes as dense"
+        raise ConfigError(option, target, rule, "give --target-flops")
     return section, target, name

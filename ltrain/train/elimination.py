@@ -58,7 +58,15 @@ def check_run_elimination(config: RunConfig, spec: ModelSpec) -> None:
     section = config.elimination
     if not isinstance(section, BlockElimination):
         return
-    resolve_ratios(section, spec.num_layers)
+    blocks = config.train.seq_len // _block(config, section)
+    smallest = min(resolve_ratios(section, spec.num_layers))
+    if smallest * blocks < section.strata:
+        raise ConfigError(
+            "elimination.strata",
+            section.strata,
+            f"leaves less than a block a stratum of {blocks} blocks at ratio {smallest:g}",
+            "use fewer strata, smaller blocks or a larger ratio",
+        )
     if section.mode == "q" and spec.o_bias:
         rule = "would add the output's bias to tokens that don't attend"
         raise ConfigError("elimination.mode", "q", rule, "take qkv, layer or backward")
@@ -188,11 +196,13 @@ def _held_recall(run: Any, block: int, layers: Any) -> float:
 
 def _one_rank(config: RunConfig, command: str) -> None:
     parallel = config.parallel
-    for name, degree in (
-        ("tensor", parallel.tensor), ("pipeline", parallel.pipeline), ("context.degree", parallel.context.degree)
-    ):  # fmt: skip
+    degrees = {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "context.degree": parallel.context.degree,
+    }
+    for name, degree in degrees.items():
         if degree > 1:
             raise ConfigError(
                 f"parallel.{name}", degree, f"must be 1 for {command}", f"add --parallel.{name} 1"
             )
-

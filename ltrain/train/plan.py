@@ -19,10 +19,10 @@ from ltrain.model.families import extend_rope, resolve_spec
 from ltrain.model.freeze import frozen_tensors
 from ltrain.model.sources import check_weights
 from ltrain.model.spec import ModelSpec, Reparametrisation
-from ltrain.train.elimination import check_run_elimination
 from ltrain.parallel.degrees import check_world, rows_per_step
 from ltrain.planner.setup import check_longest, cluster_of
 from ltrain.train.cost import base_cost
+from ltrain.train.elimination import check_run_elimination
 
 
 @dataclass(frozen=True)
