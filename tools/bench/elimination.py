@@ -29,11 +29,11 @@ def tree(args: argparse.Namespace, elimination: dict[str, Any]) -> dict[str, Any
     return {
         "run": {"name": "bench", "output": "/tmp/ltrain-bench"},
         "model": {
-            "kind": "new", "hidden_size": args.hidden, "num_layers": args.layers, "num_heads": args.hidden // 64,
-            "num_kv_heads": args.hidden // 64, "ffn_hidden_size": args.hidden * 43 // 16,
+            "kind": "new", "hidden_size": args.hidden, "num_layers": args.layers,
+            "num_heads": args.hidden // 64, "num_kv_heads": args.hidden // 64, "ffn_hidden_size": args.hidden * 43 // 16,
             "max_position_embeddings": args.tokens,
         },
-        "data": {"sources": [{"kind": "text_tree", "path": "stdlib", "glob": "*.py"}], "document_mask": False},
+        "data": {"sources": [{"kind": "text_tree", "path": "stdlib"}], "document_mask": False},
         "train": {
             "seq_len": args.tokens, "tokens_per_step": args.tokens, "steps": 2 * args.repeats + 2,
             "dtype": "fp32",

@@ -81,8 +81,8 @@ def test_bad_elimination_is_refused(fields, says, tmp_path, capsys):
 def test_what_cannot_be_combined_is_refused(fields, parallel, says, tmp_path, capsys):
     parallel = {**parallel, "context": {"block": 16, **parallel.get("context", {})}}
     tree = tiny_tree(
-        tmp_path, elimination={"kind": "blocks", "strata": 8, **fields}, parallel=parallel, train__seq_len=256,
-        train__tokens_per_step=1024,
+        tmp_path, elimination={"kind": "blocks", "strata": 8, **fields}, parallel=parallel,
+        train__seq_len=256, train__tokens_per_step=1024,
     )  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(tree))
