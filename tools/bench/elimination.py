@@ -30,7 +30,8 @@ def tree(args: argparse.Namespace, elimination: dict[str, Any]) -> dict[str, Any
         "run": {"name": "bench", "output": "/tmp/ltrain-bench"},
         "model": {
             "kind": "new", "hidden_size": args.hidden, "num_layers": args.layers,
-            "num_heads": args.hidden // 64, "num_kv_heads": args.hidden // 64, "ffn_hidden_size": args.hidden * 43 // 16,
+            "num_heads": args.hidden // 64, "num_kv_heads": args.hidden // 64,
+            "ffn_hidden_size": args.hidden * 43 // 16,
             "max_position_embeddings": args.tokens,
         },
         "data": {"sources": [{"kind": "text_tree", "path": "stdlib"}], "document_mask": False},
