@@ -16,7 +16,6 @@ from ltrain.config.schema import RunConfig
 from ltrain.elimination.budget import LEVELS, allocate
 from ltrain.elimination.ratios import write_ratios
 from ltrain.model.flops import step_flops
-from ltrain.model.memory import saved_bytes
 from ltrain.model.spec import ModelSpec
 
 log = logging.getLogger("ltrain")
@@ -92,6 +91,8 @@ def cost_of(spec: ModelSpec, config: RunConfig, mode: str, name: str) -> Callabl
     element = 2 if config.train.dtype == "bf16" else 4
 
     def nbytes(ratios: Sequence[float]) -> float:
+        from ltrain.model.memory import saved_bytes
+
         total = 0.0
         for ratio in ratios:
             if mode == "layer":
