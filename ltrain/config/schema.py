@@ -99,15 +99,22 @@ def check_sections(config: RunConfig) -> None:
             config.schedule.warmup_steps,
             f"must not exceed train.steps={train.steps}",
         )
-    if config.attention.pattern.kind in ("seer_gate", "nsa"):
-        raise ConfigError(
-            "attention.pattern.kind",
-            config.attention.pattern.kind,
-            "has weights of its own, which the trainer doesn't train yet",
-            "use it from ltrain.attention.patterns, or take vertical_slash, xattention or block_topk",
-        )
     if isinstance(config.elimination, BlockElimination):
         check_elimination(config, config.elimination)
+        if config.attention.pattern.kind in ("seer_gate", "nsa"):
+            raise ConfigError(
+                "attention.pattern.kind",
+                config.attention.pattern.kind,
+                "learns from whole sequences, so it can't be joined with token elimination",
+                "take another pattern, or elimination.kind=none",
+            )
+    if config.attention.pattern.kind in ("seer_gate", "nsa") and config.memory.level != "none":
+        raise ConfigError(
+            "memory.level",
+            config.memory.level,
+            f"recomputes attention's inputs, which {config.attention.pattern.kind} can't do yet",
+            "use none",
+        )
     if config.sync.kind == "every_step" and config.sync.peers is not None:
         raise ConfigError(
             "sync.kind",

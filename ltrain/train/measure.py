@@ -18,6 +18,7 @@ from ltrain.metrics.sinks import Fanout, JsonLines, TensorBoard, WandB
 from ltrain.metrics.timers import Timers
 from ltrain.model.flops import step_flops
 from ltrain.sync import SyncReport
+from ltrain.train.attention_meter import AttentionMeter
 from ltrain.train.batch import MicroBatch
 from ltrain.train.evaluate import Evaluation
 from ltrain.train.optimizer import OptimizerStep
@@ -31,7 +32,7 @@ class Measure:
     def __init__(self, config: RunConfig, run: Run, timers: Timers) -> None:
         self.config, self.run, self.timers = config, run, timers
         self.main = dist.get_rank() == 0
-        self._first = True
+        self.attention = AttentionMeter(run.mesh, one_group=config.parallel.assignment.kind == "static")
         self._profiler: Any = None
         self.peak = config.metrics.peak_tflops
         if self.peak is None and torch.cuda.is_available():
@@ -61,6 +62,14 @@ class Measure:
                 "Weights & Biases",
             )
 
+    def _logs(self, step: int) -> bool:
+        return step % self.config.metrics.every == 0 or step == self.config.train.steps
+
+    def prepare(self, batches: list[MicroBatch], step: int) -> None:
+        """Set counters on the micro-batches of step `step`, if it is one that is logged."""
+        if self._logs(step):
+            self.attention.attach(batches)
+
     def step(
         self,
         *,
@@ -76,11 +85,12 @@ class Measure:
         """Write the record of the step that has just ended; collective over the default group."""
         run, config = self.run, self.config
         times = self.timers.collect()
-        if run.step % config.metrics.every and run.step != config.train.steps:
+        if not self._logs(run.step):
             return
         local = {**times, **devices.memory_metrics(), "perf/step_time_s": seconds, **(assignment or {})}
         local["balance/compute"] = times.get("time/forward_backward_s", 0.0)
         local |= run.links.bytes_sent()
+        local |= self.attention.local(batches, seconds)
         if sync is not None:
             local |= sync.metrics
         if run.elimination is not None:
@@ -92,7 +102,9 @@ class Measure:
             return
         seconds = metrics["perf/step_time_s"]
         compute = spread["balance/compute"]
-        metrics.pop("balance/compute", None)
+        work = spread.get("balance/attention_work", (0.0, 0.0))
+        for name in ("balance/compute", "balance/attention_work"):
+            metrics.pop(name, None)
         world = run.mesh.world_size
         lengths = [
             n for row in data.rows for n in (row.document_lengths if row.document_mask else (row.num_tokens,))
@@ -121,6 +133,7 @@ class Measure:
             "perf/tflops_per_gpu": tflops,
             "perf/tflops_executed_per_gpu": flops.executed / seconds / world / 1e12,
             "balance/compute_max_over_mean": compute[0] / compute[1] if compute[1] else 1.0,
+            "balance/work_max_over_mean": work[0] / work[1] if work[1] else 1.0,
             **data.stats,
         }
         if run.elimination is not None:
