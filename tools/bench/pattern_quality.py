@@ -30,7 +30,9 @@ import numpy as np
 
 BLOCK = 32
 SHORT, LONG = 512, 4096
-KEYS, VALUES, SYMBOLS = 128, 192, 64
+KEYS, VALUES = 16, 8
+# Tokens: 128 + 8 key + value states a value, 14 + key asks for it, 1 + value answers.
+STATED, ASKED, ANSWERED = 128, 14, 1
 DISTANCES = (128, 512, 1024, 2048, LONG)
 # About 10 % of the causal blocks at 4,096 tokens, as far as a pattern's fields allow.
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -49,9 +51,9 @@ PATTERNS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_documents(folder: Path, length: int, count: int, keys: int, times: int, seed: int) -> None:
-    """A store of `count` documents of `length` tokens: source text with `keys` records, each `times`
-    times.
+def write_documents(folder: Path, length: int, count: int, questions: int, seed: int) -> None:
+    """A store of `count` documents of `length` tokens: source text with every key stated once and asked for
+    `questions` times.
     """
     from ltrain.data.store import write_store
     from ltrain.data.tokenizer import byte_tokenizer
@@ -60,23 +62,32 @@ def write_documents(folder: Path, length: int, count: int, keys: int, times: int
     text = np.concatenate(
         [np.frombuffer(path.read_bytes(), np.uint8) for path in sorted(root.glob("*.py"))]
     ).astype(np.int32)
-    text = text[text < KEYS]
+    text = text[(text < STATED) & ((text >= 32) | (text == 10))]
     rng = np.random.default_rng(seed)
 
     def documents() -> Any:
+        plain = length - KEYS * (1 + 2 * questions)
         for _ in range(count):
-            plain = length - 2 * keys * times
             start = int(rng.integers(len(text) - plain))
-            names = rng.permutation(SYMBOLS)[:keys]
-            value = rng.integers(0, SYMBOLS, SYMBOLS)
-            order = rng.permutation(np.repeat(names, times))
-            before = np.sort(rng.integers(0, plain + 1, len(order)))
-            records = np.stack([KEYS + order, VALUES + value[order]], 1).reshape(-1)
-            tokens = np.insert(text[start : start + plain], np.repeat(before, 2), records).astype(np.int32)
-            digest = hashlib.sha256(tokens.tobytes()).digest()
-            yield int.from_bytes(digest[:8], "big"), tokens
+            value = rng.integers(0, VALUES, KEYS)
+            # The first of a key's places states its value, the others ask for it.
+            places = np.sort(rng.integers(0, plain + 1, (KEYS, 1 + questions)), axis=1)
+            at, tokens = [], []
+            for key in range(KEYS):
+                at.append(places[key, 0])
+                tokens.append([STATED + VALUES * key + value[key]])
+                for place in places[key, 1:]:
+                    at.append(place)
+                    tokens.append([ASKED + key, ANSWERED + value[key]])
+            # By place; a statement comes before questions that fell on the same one.
+            order = sorted(range(len(at)), key=lambda i: (at[i], -len(tokens[i]) == -2, i))
+            where = np.concatenate([np.full(len(tokens[i]), at[i]) for i in order])
+            woven = np.concatenate([tokens[i] for i in order])
+            document = np.insert(text[start : start + plain], where, woven).astype(np.int32)
+            digest = hashlib.sha256(document.tobytes()).digest()
+            yield int.from_bytes(digest[:8], "big"), document
 
-    facts = {"source": "standard library with records", "left_out": {}}
+    facts = {"source": "standard library with facts", "left_out": {}}
     write_store(folder, documents(), byte_tokenizer(), facts=facts)
 
 
@@ -127,7 +138,7 @@ def arm_tree(out: Path, pattern: str, seed: int, steps: int) -> dict[str, Any]:
         "schedule": {"kind": "cosine", "warmup_steps": min(4, steps), "min_lr_ratio": 0.1},
         "parallel": {"context": {"schedule": "ring", "block": BLOCK}},
         "attention": {"pattern": PATTERNS[pattern]},
-        "eval": {"at_start": False, "at_end": False, "max_tokens": 8 * LONG},
+        "eval": {"at_start": False, "at_end": False, "max_tokens": 16 * LONG},
     }
     return tree(out, f"{pattern}-{seed}", options, seed, "long")
 
@@ -173,7 +184,7 @@ def run_arm(out: Path, pattern: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def recall(run: Any) -> dict[str, list[float]]:
-    """By distance to the nearest earlier occurrence of the key: recalls, and those with probability > 1/2."""
+    """By distance to the nearest earlier place that tells the value: answers, and those given over 1/2."""
     from ltrain.train.step import run_model
 
     asked, right = np.zeros(len(DISTANCES)), np.zeros(len(DISTANCES))
@@ -181,13 +192,15 @@ def recall(run: Any) -> dict[str, list[float]]:
     def count(batch: Any, nll: Any) -> None:
         tokens, labels = batch.tokens[0].numpy(), batch.labels[0].numpy()
         last: dict[int, int] = {}
-        for at in np.flatnonzero((tokens >= KEYS) & (tokens < VALUES) & (labels >= VALUES)):
-            key = int(tokens[at])
-            if key in last:
+        for at, token in enumerate(tokens.tolist()):
+            if STATED <= token < STATED + KEYS * VALUES:
+                last[(token - STATED) // VALUES] = at
+            elif ASKED <= token < ASKED + KEYS and labels[at] >= 0:
+                key = token - ASKED
                 bucket = int(np.searchsorted(DISTANCES, at - last[key]))
                 asked[bucket] += 1
                 right[bucket] += float(nll[at]) < np.log(2)
-            last[key] = int(at)
+                last[key] = at + 1
 
     run.ddp.eval()
     for row in run.held_out:
@@ -209,9 +222,9 @@ def make_base(out: Path, seed: int, steps: int, ranks: int) -> None:
     if (out / "runs" / f"base-{seed}" / "hf" / "config.json").exists():
         return
     if not (out / f"short-{seed}").exists():
-        write_documents(out / f"short-{seed}", SHORT, 6000, 16, 3, seed)
+        write_documents(out / f"short-{seed}", SHORT, 10000, 4, seed)
     if not (out / f"long-{seed}").exists():
-        write_documents(out / f"long-{seed}", LONG, 400, 64, 4, 1000 + seed)
+        write_documents(out / f"long-{seed}", LONG, 500, 6, 1000 + seed)
     path = out / f"base-{seed}.yaml"
     path.write_text(yaml.safe_dump(base_tree(out, seed, steps, ranks)))
     script = Path(__file__).parents[2] / "launch" / "train.py"
