@@ -51,9 +51,12 @@ PATTERNS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_documents(folder: Path, length: int, count: int, questions: int, seed: int) -> None:
+def write_documents(
+    folder: Path, seed: int, count: int, length: int, questions: int, drills: int = 0
+) -> None:
     """A store of `count` documents of `length` tokens: source text with every key stated once and asked for
-    `questions` times.
+    `questions` times. Between them stand `drills` documents of 4 to 16 keys without text, from which the base
+    model learns in little time what a question is.
     """
     from ltrain.data.store import write_store
     from ltrain.data.tokenizer import byte_tokenizer
@@ -66,29 +69,33 @@ def write_documents(folder: Path, length: int, count: int, questions: int, seed:
     rng = np.random.default_rng(seed)
 
     def documents() -> Any:
-        plain = length - KEYS * (1 + 2 * questions)
-        for _ in range(count):
+        for number in range(count + drills):
+            if number < count:
+                plain, keys = length - KEYS * (1 + 2 * questions), np.arange(KEYS)
+            else:
+                plain, keys = 0, rng.permutation(KEYS)[: rng.integers(4, KEYS + 1)]
             start = int(rng.integers(len(text) - plain))
-            value = rng.integers(0, VALUES, KEYS)
-            # The first of a key's places states its value, the others ask for it.
-            places = np.sort(rng.integers(0, plain + 1, (KEYS, 1 + questions)), axis=1)
-            at, tokens = [], []
-            for key in range(KEYS):
-                at.append(places[key, 0])
-                tokens.append([STATED + VALUES * key + value[key]])
-                for place in places[key, 1:]:
-                    at.append(place)
-                    tokens.append([ASKED + key, ANSWERED + value[key]])
-            # By place; a statement comes before questions that fell on the same one.
-            order = sorted(range(len(at)), key=lambda i: (at[i], -len(tokens[i]) == -2, i))
-            where = np.concatenate([np.full(len(tokens[i]), at[i]) for i in order])
-            woven = np.concatenate([tokens[i] for i in order])
-            document = np.insert(text[start : start + plain], where, woven).astype(np.int32)
+            document = weave(text[start : start + plain], keys, questions, rng)
             digest = hashlib.sha256(document.tobytes()).digest()
             yield int.from_bytes(digest[:8], "big"), document
 
     facts = {"source": "standard library with facts", "left_out": {}}
     write_store(folder, documents(), byte_tokenizer(), facts=facts)
+
+
+def weave(text: np.ndarray, keys: np.ndarray, questions: int, rng: np.random.Generator) -> np.ndarray:
+    """The text with statements and questions at random places, a key's statement before its questions."""
+    at, tokens = [], []
+    # Places by fractions, so that ties and empty texts keep the order too.
+    places = np.sort(rng.random((len(keys), 1 + questions)), axis=1)
+    for key, own in zip(keys, places, strict=True):
+        value = int(rng.integers(VALUES))
+        at += own.tolist()
+        tokens.append([STATED + VALUES * key + value])
+        tokens += [[ASKED + key, ANSWERED + value]] * questions
+    order = np.argsort(at)
+    where = np.concatenate([np.full(len(tokens[i]), int(at[i] * (len(text) + 1))) for i in order])
+    return np.insert(text, where, np.concatenate([tokens[i] for i in order])).astype(np.int32)
 
 
 def tree(out: Path, name: str, options: dict[str, Any], seed: int, store: str) -> dict[str, Any]:
@@ -222,9 +229,9 @@ def make_base(out: Path, seed: int, steps: int, ranks: int) -> None:
     if (out / "runs" / f"base-{seed}" / "hf" / "config.json").exists():
         return
     if not (out / f"short-{seed}").exists():
-        write_documents(out / f"short-{seed}", SHORT, 10000, 4, seed)
+        write_documents(out / f"short-{seed}", seed, 6000, SHORT, 4, drills=12000)
     if not (out / f"long-{seed}").exists():
-        write_documents(out / f"long-{seed}", LONG, 500, 6, 1000 + seed)
+        write_documents(out / f"long-{seed}", 1000 + seed, 500, LONG, 6)
     path = out / f"base-{seed}.yaml"
     path.write_text(yaml.safe_dump(base_tree(out, seed, steps, ranks)))
     script = Path(__file__).parents[2] / "launch" / "train.py"
