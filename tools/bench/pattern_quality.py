@@ -30,7 +30,7 @@ import numpy as np
 
 BLOCK = 32
 SHORT, LONG = 512, 4096
-KEYS, VALUES = 16, 8
+KEYS, VALUES = 8, 8
 # Tokens: 128 + 8 key + value states a value, 14 + key asks for it, 1 + value answers.
 STATED, ASKED, ANSWERED = 128, 14, 1
 DISTANCES = (128, 512, 1024, 2048, LONG)
@@ -55,7 +55,7 @@ def write_documents(
     folder: Path, seed: int, count: int, length: int, questions: int, drills: int = 0
 ) -> None:
     """A store of `count` documents of `length` tokens: source text with every key stated once and asked for
-    `questions` times. Between them stand `drills` documents of 4 to 16 keys without text, from which the base
+    `questions` times. Between them stand `drills` documents of 1 to 6 keys without text, from which the base
     model learns in little time what a question is.
     """
     from ltrain.data.store import write_store
@@ -73,7 +73,7 @@ def write_documents(
             if number < count:
                 plain, keys = length - KEYS * (1 + 2 * questions), np.arange(KEYS)
             else:
-                plain, keys = 0, rng.permutation(KEYS)[: rng.integers(4, KEYS + 1)]
+                plain, keys = 0, rng.permutation(KEYS)[: rng.integers(1, KEYS - 1)]
             start = int(rng.integers(len(text) - plain))
             document = weave(text[start : start + plain], keys, questions, rng)
             digest = hashlib.sha256(document.tobytes()).digest()
@@ -229,9 +229,9 @@ def make_base(out: Path, seed: int, steps: int, ranks: int) -> None:
     if (out / "runs" / f"base-{seed}" / "hf" / "config.json").exists():
         return
     if not (out / f"short-{seed}").exists():
-        write_documents(out / f"short-{seed}", seed, 6000, SHORT, 4, drills=12000)
+        write_documents(out / f"short-{seed}", seed, 7000, SHORT, 6, drills=30000)
     if not (out / f"long-{seed}").exists():
-        write_documents(out / f"long-{seed}", 1000 + seed, 500, LONG, 6)
+        write_documents(out / f"long-{seed}", 1000 + seed, 500, LONG, 10)
     path = out / f"base-{seed}.yaml"
     path.write_text(yaml.safe_dump(base_tree(out, seed, steps, ranks)))
     script = Path(__file__).parents[2] / "launch" / "train.py"
@@ -281,9 +281,9 @@ def main() -> int:
     run.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--seeds", type=int, default=2)
-    run.add_argument("--base-steps", type=int, default=300)
+    run.add_argument("--base-steps", type=int, default=400)
     run.add_argument("--base-ranks", type=int, help="processes of a base run (workers / seeds)")
-    run.add_argument("--steps", type=int, default=40, help="of 8,192 tokens")
+    run.add_argument("--steps", type=int, default=36, help="of 8,192 tokens")
     run.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS))
     arm = commands.add_parser("arm")
     arm.add_argument("--out", type=Path, required=True)
