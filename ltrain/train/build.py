@@ -88,7 +88,11 @@ def build_run(config: RunConfig) -> Run:
         prefetch=planned.ahead if planned else 1,
     )
     pattern = patterns.from_config(config.attention.pattern)
-    layout = LayoutChoice(parallel.context, pattern, plan.spec.windows, num_kv_heads=plan.spec.num_kv_heads)
+    context = parallel.context
+    if elimination is not None and context.layout == "auto":
+        # Every rank must hold whole strata of the tokens that layers choose from.
+        context = context.model_copy(update={"layout": "striped"})
+    layout = LayoutChoice(context, pattern, plan.spec.windows, num_kv_heads=plan.spec.num_kv_heads)
     assignment: Assignment = StaticAssignment(mesh, node_size, layout)
     if planned is not None:
 
