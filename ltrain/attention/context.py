@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from ltrain.parallel.collectives import Traffic
 from ltrain.parallel.layout import SequenceLayout
 
 
@@ -35,8 +36,8 @@ class AttentionContext(PackedSeqParams):
     `layout` and `group` say how the sequence is sharded; `rope_positions` int32 [T_local] are positions
     inside the document, in the shard's order; `doc_ids` int32 [T] names each token's document over the whole
     sequence in document order (None: one document). `schedule` is the group's own exchange (None: the run's).
-    Values that the layers share, such as RoPE tables and
-    indices of static patterns, are computed once through `cached`.
+    Values that the layers share, such as RoPE tables and indices of static patterns, are computed once
+    through `cached`.
 
     `key` is a number that names the row whatever rank holds it; `targets` bool [T] marks tokens with a
     target (None: not known). The rest serves layers that drop tokens. `excerpt` says what longer sequence
@@ -45,6 +46,10 @@ class AttentionContext(PackedSeqParams):
     were put in to give all tensor-parallel ranks the same number. `record` collects (out, lse) of attention;
     `given` is an (out, lse) to take instead of computing it. `eliminated` holds each sparse layer's kept
     share of tokens and captured share of the score mass.
+
+    `traffic` counts the attention of the
+    micro-batch where it is set. `step` and `num_targets` (of this rank) are for losses of the pattern's own,
+    which `pattern_losses` notes by layer.
     """
 
     layout: SequenceLayout | None = None
@@ -55,6 +60,10 @@ class AttentionContext(PackedSeqParams):
     rope_tables: tuple[Tensor, Tensor] | None = None
     node_size: int | None = None
     schedule: str | None = None
+    traffic: Traffic | None = None
+    step: int = 0
+    num_targets: int = 0
+    pattern_losses: dict[int, Tensor] = field(default_factory=dict)
     densities: dict[int, float] = field(default_factory=dict)
     key: int = 0
     targets: np.ndarray | None = None

@@ -11,7 +11,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ltrain.attention.schedules.registry import SCHEDULES, build
 from ltrain.attention.schedules.verticals import Tiles
 from ltrain.config.base import ConfigError
 from ltrain.parallel.agreement import agree
-from ltrain.parallel.collectives import Group, Traffic, rank_in, size_of
+from ltrain.parallel.collectives import Group, Traffic, rank_in, size_of, timed
 from ltrain.parallel.layout import SequenceLayout
 from ltrain_kernels.block_sparse import BlockIndex, ClosedIndex, ListIndex
 
@@ -118,7 +118,8 @@ class _Attention(torch.autograd.Function):
         if call.saved is not None:
             out, lse = (x.detach() for x in call.saved)
         else:
-            out, lse, kept = call.schedule.forward(q, k, v, call.scale, call.traffic)
+            with timed(call.traffic, "attention", (q,)):
+                out, lse, kept = call.schedule.forward(q, k, v, call.scale, call.traffic)
         ctx.call = call
         ctx.save_for_backward(q, k, v, out, lse, *kept)
         return out, lse
@@ -129,9 +130,10 @@ class _Attention(torch.autograd.Function):
         call = ctx.call
         # Every rank takes part in the exchange, also one whose output no loss depends on.
         dout = torch.zeros_like(out) if dout is None else dout
-        grads = call.schedule.backward(
-            dout, q, k, v, out, lse, dlse, tuple(kept), call.scale, call.wire, call.traffic
-        )
+        with timed(call.traffic, "attention", (q,)):
+            grads = call.schedule.backward(
+                dout, q, k, v, out, lse, dlse, tuple(kept), call.scale, call.wire, call.traffic
+            )
         return *grads, None
 
 
@@ -265,11 +267,14 @@ def _choice(
     if profile is None:
         profile = default_profile(problem.device, node_size)
     profile.check_machine(problem.device)
+    if node_size is not None:
+        profile = replace(profile, node_size=node_size)
     layout = problem.layout
-    # Excerpts of a sequence change from layer to layer; those of one size share a choice.
+    # Excerpts of a sequence change from layer to layer and dealt layouts with every batch; those of one size
+    # share a choice.
     same = (layout.num_tokens, layout.world_size, layout.block)
     key = (
-        layout if problem.token_ids is None else same,
+        layout if problem.token_ids is None and layout.kind != "dealt" else same,
         problem.batch,
         problem.num_q_heads,
         problem.num_kv_heads,

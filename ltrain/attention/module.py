@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from ltrain.attention.context import AttentionContext
 from ltrain.attention.context_parallel import context_parallel_attention, plan_attention
+from ltrain.attention.learned import learned_attention, mark_heads
 from ltrain.attention.patterns import Pattern
 from ltrain.attention.patterns.rows import only_rows
+from ltrain.attention.profile import Profile
 from ltrain.attention.rope import Rope, apply_rope
 from ltrain.attention.schedules.engine import Schedule
 from ltrain.attention.schedules.verticals import Tiles
 from ltrain.attention.select import select_distributed
+from ltrain.parallel.collectives import timed
 from ltrain_kernels.block_sparse import BlockIndex
 
 # T tokens, B batch, N query heads, K kv heads, D head dim, all of this rank.
@@ -34,6 +37,7 @@ class AttentionSettings:
     total_kv_heads: int
     schedule: str = "auto"
     tensor_rank: int = 0
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class CoreAttention(nn.Module):
     """Attention of one layer over the sequence that `packed_seq_params`, an `AttentionContext`, describes.
 
     Takes q [T, B, N, D] and k, v [T, B, K, D] in the layout's order and returns [T, B, N * D]. Selection is a
-    constant: no gradient passes through it.
+    constant: no gradient passes through it. `learned` is the pattern's own part of the layer, sharded by head
+    like the projections, or None.
     """
 
     def __init__(
@@ -70,6 +75,15 @@ class CoreAttention(nn.Module):
         self.layer = layer_number - 1
         self.settings = settings
         self.scale = softmax_scale
+        self.learned: nn.Module | None = None
+        if not settings.pattern.is_dense_layer(self.layer, len(settings.windows)):
+            shards = config.tensor_model_parallel_size
+            module = settings.pattern.make_module(
+                num_heads=config.num_attention_heads // shards,
+                num_kv_heads=settings.total_kv_heads // shards,
+                head_dim=config.kv_channels,
+            )
+            self.learned = None if module is None else mark_heads(module, config.params_dtype)
 
     def forward(
         self,
@@ -84,7 +98,10 @@ class CoreAttention(nn.Module):
         context = packed_seq_params
         assert context is not None
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        out, _, _ = self.attend(q, k, v, context)
+        if self.learned is not None:
+            out = self._attend_learned(q, k, v, context)
+        else:
+            out, _, _ = self.attend(q, k, v, context)
         return out.transpose(0, 1).flatten(2)
 
     def attend(
@@ -115,6 +132,40 @@ class CoreAttention(nn.Module):
         out = out.new_zeros(*shape[:3], out.shape[3]).index_copy(1, rows, out)
         return out, lse.new_zeros(shape[0], shape[2], shape[1]).index_copy(2, rows, lse), decisions
 
+    def _rotated(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        assert context.layout is not None and context.rope_positions is not None
+        if context.rope_tables is None:
+            context.rope_tables = self.settings.rope.tables(context.rope_positions, device=q.device)
+        cos, sin = context.rope_tables
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+
+    def _shared(self, context: AttentionContext) -> dict[str, Any]:
+        """What planning and attending are both told of the sequence."""
+        return {
+            "layout": context.layout,
+            "group": context.group,
+            "doc_ids": context.doc_ids,
+            "window": self.settings.windows[self.layer],
+            "token_ids": None if context.excerpt is None else context.excerpt.token_ids,
+            "node_size": context.node_size,
+        }
+
+    def _exchange(self, context: AttentionContext) -> dict[str, Any]:
+        return {
+            "schedule": context.schedule or self.settings.schedule,
+            "profile": self.settings.profile,
+        }
+
+    def _attend_learned(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        assert self.learned is not None
+        q, k = self._rotated(q, k, context)
+        with timed(context.traffic, "selection", (q,)):
+            index, _ = self._select(q, k, context)
+        return learned_attention(
+            self.settings.pattern, self.learned, q, k, v, index, context, heads=self._heads(k, context),
+            shared=self._shared(context) | self._exchange(context), scale=self.scale,
+        )  # fmt: skip
+
     def _attend(
         self,
         q: Tensor,
@@ -124,30 +175,14 @@ class CoreAttention(nn.Module):
         decisions: Decisions | None,
         saved: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Decisions]:
-        assert context.layout is not None and context.rope_positions is not None
         saved = context.given if saved is None else saved
-        if context.rope_tables is None:
-            context.rope_tables = self.settings.rope.tables(context.rope_positions, device=q.device)
-        cos, sin = context.rope_tables
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        shared: dict[str, Any] = {
-            "layout": context.layout,
-            "group": context.group,
-            "doc_ids": context.doc_ids,
-            "window": self.settings.windows[self.layer],
-            "token_ids": None if context.excerpt is None else context.excerpt.token_ids,
-        }
+        q, k = self._rotated(q, k, context)
+        shared = self._shared(context)
         if decisions is None:
-            index, verticals = self._select(q, k, context)
+            with timed(context.traffic, "selection", (q,)):
+                index, verticals = self._select(q, k, context)
             plan = plan_attention(
-                q,
-                k,
-                v,
-                index=index,
-                verticals=verticals,
-                schedule=context.schedule or self.settings.schedule,
-                node_size=context.node_size,
-                **shared,
+                q, k, v, index=index, verticals=verticals, **shared, **self._exchange(context)
             )
             decisions = Decisions(index, verticals, plan)
         out, lse = context_parallel_attention(
@@ -158,13 +193,23 @@ class CoreAttention(nn.Module):
             verticals=decisions.verticals,
             plan=decisions.plan,
             scale=self.scale,
-            node_size=context.node_size,
             saved=saved,
+            traffic=context.traffic,
             **shared,
         )
         if context.record is not None:
             context.record.append((out.detach(), lse.detach()))
         return out, lse, decisions
+
+    def _heads(self, k: Tensor, context: AttentionContext) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "layer": self.layer,
+            "num_layers": len(settings.windows),
+            "kv_head_offset": settings.tensor_rank * k.shape[2],
+            "total_kv_heads": settings.total_kv_heads,
+            "doc_ids": context.doc_ids,
+        }
 
     def _select(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[BlockIndex, Tiles | None]:
         """The blocks to attend over the whole sequence, and single keys beside them where the pattern chooses
@@ -173,13 +218,7 @@ class CoreAttention(nn.Module):
         settings, layout = self.settings, context.layout
         assert layout is not None
         pattern, num_layers = settings.pattern, len(settings.windows)
-        heads = {
-            "layer": self.layer,
-            "num_layers": num_layers,
-            "kv_head_offset": settings.tensor_rank * k.shape[2],
-            "total_kv_heads": settings.total_kv_heads,
-            "doc_ids": context.doc_ids,
-        }
+        heads = self._heads(k, context)
         verticals = None
         dense = pattern.is_dense_layer(self.layer, num_layers)
         excerpt = context.excerpt
@@ -204,8 +243,9 @@ class CoreAttention(nn.Module):
                 index = index.select(excerpt.blocks, excerpt.blocks)
         else:
             selection = select_distributed(
-                pattern, q.detach(), k.detach(), layout=layout, group=context.group, **heads
-            )
+                pattern, q.detach(), k.detach(), layout=layout, group=context.group, module=self.learned,
+                traffic=context.traffic, **heads,
+            )  # fmt: skip
             index = selection.index
             if selection.verticals is not None:
                 verticals = selection.verticals.tiles(index)
@@ -214,10 +254,13 @@ class CoreAttention(nn.Module):
             index = only_rows(index, context.query_blocks)
             share *= pattern.density(index, num_tokens=layout.num_tokens, doc_ids=context.doc_ids)
         elif pattern.kind != "dense":
-            share *= context.cached(
-                ("density", id(index)),
-                lambda: pattern.density(index, num_tokens=layout.num_tokens, doc_ids=context.doc_ids),
-            )
+
+            def density() -> float:
+                return pattern.density(index, num_tokens=layout.num_tokens, doc_ids=context.doc_ids)
+
+            # An index that was found for this layer alone is gone when the next layer's has its address.
+            constant = (pattern.static or dense) and excerpt is None
+            share *= context.cached(("density", dense), density) if constant else density()
         if share < 1 or pattern.kind != "dense":
             context.densities[self.layer] = share
         return index, verticals

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from ltrain.config.base import ConfigError
+from ltrain.parallel.agreement import agree
+from ltrain.parallel.collectives import Group
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,25 @@ class Profile:
             raise ConfigError(
                 "profile.device", self.device, f"must be this machine's {here!r}", "run ltrain calibrate here"
             )
+
+
+def shared_profile(path: Path, group: Group, device: torch.device) -> Profile:
+    """The profile of a file, checked against every rank's machine.
+
+    Collective; raises ConfigError on all ranks where one can't read it, has another one, or is another
+    machine.
+    """
+    profile, error = None, None
+    try:
+        profile = Profile.load(path)
+        profile.check_machine(device)
+    except ConfigError as caught:
+        error = ConfigError(
+            "parallel.context.profile", str(path), f"{caught.field}: {caught.rule}", caught.fix
+        )
+    agree(group, {"parallel.context.profile": profile}, error)
+    assert profile is not None
+    return profile
 
 
 def device_name(device: torch.device) -> str:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from ltrain.attention.patterns.base import Pattern, Selection, check_queries
 from ltrain.attention.patterns.exchange import Deal, Gather, Place, Request, Steps
 from ltrain.config.base import ConfigError
+from ltrain.parallel.collectives import Group, Traffic, rank_in, size_of, timed
 from ltrain.parallel.layout import SequenceLayout
-
-Group = dist.ProcessGroup | None
 
 
 @torch.no_grad()
@@ -37,17 +36,18 @@ def select_distributed(
     kv_head_offset: int = 0,
     total_kv_heads: int | None = None,
     module: nn.Module | None = None,
+    traffic: Traffic | None = None,
 ) -> Selection:
     """The pattern's selection over the whole sequence in document order, equal on all ranks and to one
     process's.
 
     q [B, T_local, Hq, D] and k [B, T_local, Hkv, D] after rotary embedding: the tokens
     `layout.positions(rank)`, rank counted in `group`. doc_ids: int [T] or [B, T], the whole sequence.
-    Static patterns and dense layers communicate nothing. `.as_index()` of the result is a BlockIndex for
-    `context_parallel_attention`. Raises ConfigError on shapes that do not fit the layout.
+    traffic: a counter to fill. Static patterns and dense layers communicate nothing. `.as_index()` of the
+    result is a BlockIndex for `context_parallel_attention`. Raises ConfigError on shapes that do not fit the
+    layout.
     """
-    world_size = dist.get_world_size(group) if dist.is_initialized() else 1
-    rank = dist.get_rank(group) if dist.is_initialized() else 0
+    world_size, rank = size_of(group), rank_in(group)
     if world_size != layout.world_size:
         raise ConfigError("layout.world_size", layout.world_size, f"must be the group's {world_size}")
     if q.dim() != 4 or k.dim() != 4:
@@ -61,28 +61,60 @@ def select_distributed(
         return Selection(pattern.static_index(shape))
     check_queries(pattern.kind, q, k, shape, layout.length(rank))
     place = Place(rank, world_size, layout.block_owner, layout.block)
-    return run_on_group(pattern.steps(q, k, shape, place, module), group, world_size, rank)
+    return run_on_group(pattern.steps(q, k, shape, place, module), group, world_size, rank, traffic)
 
 
-def run_on_group(steps: Steps, group: Group, world_size: int, rank: int) -> Any:
+@torch.no_grad()
+def lesson_distributed(
+    pattern: Pattern,
+    q: Tensor,
+    k: Tensor,
+    *,
+    step: int,
+    layout: SequenceLayout,
+    group: Group,
+    doc_ids: Tensor | None = None,
+    layer: int = 0,
+    num_layers: int | None = None,
+    kv_head_offset: int = 0,
+    total_kv_heads: int | None = None,
+    traffic: Traffic | None = None,
+) -> Any:
+    """What `pattern.loss` compares the pattern's module with at training step `step`, equal on all ranks of
+    the group; None for patterns without a loss of their own. Arguments as `select_distributed`.
+    """
+    world_size, rank = size_of(group), rank_in(group)
+    shape = pattern.shape_of(
+        num_tokens=layout.num_tokens, num_kv_heads=k.shape[2], num_heads=q.shape[2], block=layout.block,
+        doc_ids=doc_ids, layer=layer, num_layers=num_layers, q=q, kv_head_offset=kv_head_offset,
+        total_kv_heads=total_kv_heads, device=None,
+    )  # fmt: skip
+    place = Place(rank, world_size, layout.block_owner, layout.block)
+    steps = pattern.lesson(q, k, shape, place, step)
+    return None if steps is None else run_on_group(steps, group, world_size, rank, traffic)
+
+
+def run_on_group(
+    steps: Steps, group: Group, world_size: int, rank: int, traffic: Traffic | None = None
+) -> Any:
     """Drive a search whose requests are answered by collectives on `group`; one collective a request."""
     try:
         request = next(steps)
         while True:
-            request = steps.send(_answer(request, group, world_size, rank))
+            request = steps.send(_answer(request, group, world_size, rank, traffic))
     except StopIteration as stop:
         return stop.value
 
 
-def _answer(request: Request, group: Group, world_size: int, rank: int) -> Tensor:
+def _answer(request: Request, group: Group, world_size: int, rank: int, traffic: Traffic | None) -> Tensor:
     if world_size == 1:
         return request.rows
     if isinstance(request, Gather):
-        return _gather(request, group, world_size)
-    return _deal(request, group, world_size, rank)
+        return _gather(request, group, world_size, rank, traffic)
+    return _deal(request, group, world_size, rank, traffic)
 
 
-def _gather(request: Gather, group: Group, world_size: int) -> Tensor:
+def _gather(request: Gather, group: Group, world_size: int, rank: int, traffic: Traffic | None) -> Tensor:
     """All-gather of rows, padded to the longest rank, put in the order of `owner`."""
     counts = np.bincount(request.owner, minlength=world_size)
     longest = int(counts.max()) if len(request.owner) else 0
@@ -93,14 +125,16 @@ def _gather(request: Gather, group: Group, world_size: int) -> Tensor:
     sent[: len(rows)] = rows
     received = rows.new_empty(world_size, longest, *rows.shape[1:])
     # Bits are sent as bytes where the backend has no such type.
-    dist.all_gather_into_tensor(_plain(received.flatten(0, 1)), _plain(sent), group=group)
+    _count(traffic, rank, [sent.numel() * sent.element_size()] * world_size)
+    with timed(traffic, "wait", (sent,)):
+        dist.all_gather_into_tensor(_plain(received.flatten(0, 1)), _plain(sent), group=group)
     slot = torch.from_numpy(request.owner * longest + _place_in_rank(request.owner, world_size)).to(
         rows.device
     )
     return received.flatten(0, 1).index_select(0, slot)
 
 
-def _deal(request: Deal, group: Group, world_size: int, rank: int) -> Tensor:
+def _deal(request: Deal, group: Group, world_size: int, rank: int, traffic: Traffic | None) -> Tensor:
     """All-to-all: items [items, own rows, ...] to the ranks they are dealt to, their rows in the order of
     `owner`.
     """
@@ -113,7 +147,9 @@ def _deal(request: Deal, group: Group, world_size: int, rank: int) -> Tensor:
     sizes_out = [int(n) * rows.shape[1] * width for n in items]
     sizes_in = [int(items[rank]) * int(n) * width for n in counts]
     received = send.new_empty(sum(sizes_in))
-    dist.all_to_all_single(received, send, sizes_in, sizes_out, group=group)
+    _count(traffic, rank, [size * send.element_size() for size in sizes_out])
+    with timed(traffic, "wait", (send,)):
+        dist.all_to_all_single(received, send, sizes_in, sizes_out, group=group)
     parts = [
         part.view(int(items[rank]), int(n), *rows.shape[2:])
         for part, n in zip(received.split(sizes_in), counts, strict=True)
@@ -121,6 +157,12 @@ def _deal(request: Deal, group: Group, world_size: int, rank: int) -> Tensor:
     start = np.append(0, np.cumsum(counts)[:-1])
     slot = torch.from_numpy(start[request.owner] + _place_in_rank(request.owner, world_size)).to(rows.device)
     return torch.cat(parts, dim=1).index_select(1, slot)
+
+
+def _count(traffic: Traffic | None, rank: int, sizes: list[int]) -> None:
+    if traffic is not None:
+        for peer, size in enumerate(sizes):
+            traffic.add(rank, peer, size)
 
 
 def _place_in_rank(owner: np.ndarray, world_size: int) -> np.ndarray:

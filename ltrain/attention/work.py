@@ -104,21 +104,28 @@ class Work:
         return self.tiles.reshape(self.ranks, self.ranks // size, size).sum(2)
 
 
-def deal_blocks(entries: Entries, layout: SequenceLayout) -> SequenceLayout:
+def rank_imbalance(row_work: np.ndarray, layout: SequenceLayout) -> float:
+    """Largest over mean work of a rank, from the work of every row of blocks; 1 is even."""
+    by_rank = np.bincount(layout.block_owner, weights=row_work, minlength=layout.world_size)
+    return float(by_rank.max() / by_rank.mean()) if by_rank.sum() else 1.0
+
+
+def deal_blocks(row_work: np.ndarray, layout: SequenceLayout) -> SequenceLayout:
     """The blocks of `layout` dealt anew, heaviest row first, each to the least loaded rank that has room.
 
-    No rank gets more than ceil(blocks / ranks) blocks, so that memory stays even.
+    Every rank gets the same number of blocks, to within one, so that memory and the rest of the model stay
+    even.
     """
-    cost = np.bincount(entries.row, minlength=layout.num_blocks)
     ranks = layout.world_size
-    room = np.full(ranks, -(-layout.num_blocks // ranks))
-    load = np.zeros(ranks)
+    each, spare = divmod(layout.num_blocks, ranks)
+    count, load = np.zeros(ranks, int), np.zeros(ranks)
     owner = np.zeros(layout.num_blocks, int)
-    for block in np.argsort(-cost, kind="stable"):
-        best = int(np.argmin(np.where(room > 0, load, np.inf)))
+    for block in np.argsort(-row_work, kind="stable"):
+        best = int(np.argmin(np.where(count < each + (spare > 0), load, np.inf)))
         owner[block] = best
-        load[best] += cost[block]
-        room[best] -= 1
+        load[best] += row_work[block]
+        count[best] += 1
+        spare -= count[best] > each
     return SequenceLayout.dealt(owner.tolist(), layout.num_tokens, ranks, layout.block)
 
 
@@ -138,6 +145,6 @@ def balanced_layout(
     work = Work.of(entries, layout, num_q_heads)
     if work.imbalance <= tolerance:
         return layout, work
-    dealt = deal_blocks(entries, layout)
+    dealt = deal_blocks(np.bincount(entries.row, minlength=layout.num_blocks), layout)
     other = Work.of(entries, dealt, num_q_heads)
     return (dealt, other) if other.imbalance < work.imbalance else (layout, work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import PositiveInt
@@ -28,12 +29,18 @@ class ContextSection(Section):
         "needed",
     ] = "auto"
     """How keys and values travel; `auto` asks the cost model and prints its choice and why."""
-    layout: Literal["striped", "zigzag", "contiguous"] = "striped"
-    """Which rank holds which tokens."""
+    layout: Literal["auto", "striped", "zigzag", "contiguous", "dealt"] = "auto"
+    """Which rank holds which tokens. `dealt` deals blocks longest first by their predicted attention work;
+    `auto` stripes, and deals where the busiest rank would have over 1.05 times the mean work.
+    """
     block: PositiveInt = 128
     """Tokens of a block: the unit of the layout and of sparse patterns."""
     node_size: PositiveInt | None = None
     """Ranks of the group inside one node, for hierarchical schedules; taken from the launch where absent."""
+    profile: Path | None = None
+    """What `ltrain calibrate` measured on this kind of machine, for the `auto` schedule (default:
+    built-in).
+    """
 
 
 class ParallelSection(Section):

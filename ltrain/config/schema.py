@@ -99,15 +99,22 @@ def check_sections(config: RunConfig) -> None:
             config.schedule.warmup_steps,
             f"must not exceed train.steps={train.steps}",
         )
-    if config.attention.pattern.kind in ("seer_gate", "nsa"):
-        raise ConfigError(
-            "attention.pattern.kind",
-            config.attention.pattern.kind,
-            "has weights of its own, which the trainer doesn't train yet",
-            "use it from ltrain.attention.patterns, or take vertical_slash, xattention or block_topk",
-        )
     if isinstance(config.elimination, BlockElimination):
+        if config.attention.pattern.kind in ("seer_gate", "nsa"):
+            raise ConfigError(
+                "attention.pattern.kind",
+                config.attention.pattern.kind,
+                "learns from whole sequences, so it can't be joined with token elimination",
+                "take another pattern, or elimination.kind=none",
+            )
         check_elimination(config, config.elimination)
+    if config.attention.pattern.kind in ("seer_gate", "nsa") and config.memory.level != "none":
+        raise ConfigError(
+            "memory.level",
+            config.memory.level,
+            f"recomputes attention's inputs, which {config.attention.pattern.kind} can't do yet",
+            "use none",
+        )
     if config.sync.kind == "every_step" and config.sync.peers is not None:
         raise ConfigError(
             "sync.kind",
@@ -146,10 +153,10 @@ def check_planned(parallel: ParallelSection, section: PlannedAssignment) -> None
             "set parallel.assignment.schedules",
         ),
         (
-            context.layout == "striped",
+            context.layout in ("auto", "striped"),
             "parallel.context.layout",
             context.layout,
-            "must be striped where parallel.assignment.kind=planned: shares are counted in blocks",
+            "must be auto or striped where parallel.assignment.kind=planned: shares are counted in blocks",
             "leave it out",
         ),
         (
@@ -189,6 +196,13 @@ def check_elimination(config: RunConfig, elimination: BlockElimination) -> None:
             elimination.kind,
             "can't be combined with parallel.assignment.kind=planned: groups of uneven shares cut strata",
             "take the static assignment",
+        )
+    if context.layout == "dealt":
+        raise ConfigError(
+            "parallel.context.layout",
+            context.layout,
+            "has no strata of equal shares, which token elimination needs",
+            "leave it out: blocks are striped",
         )
     block = elimination.block or context.block
     if context.block % block:

@@ -45,7 +45,8 @@ METRICS = _table(
     time/forward_backward_s | s | max | forward and backward of all micro-batches, without gradient reduction
     time/forward_s | s | max | forward of all micro-batches, without the wait for other pipeline stages
     time/backward_s | s | max | backward of all micro-batches, without the wait for other pipeline stages
-    time/attention_s | s | max | attention inside forward and backward
+    time/attention_s | s | max | attention inside forward and backward, its exchange included
+    time/selection_s | s | max | finding what a sparse pattern attends, and its own loss
     time/attention_comm_s | s | max | waiting for attention's exchange
     time/grad_sync_s | s | max | gradient reduction
     time/optimizer_s | s | max | optimizer step
@@ -63,6 +64,7 @@ METRICS = _table(
     balance/compute_max_over_mean | 1 | last | time in forward and backward, slowest rank over mean
     balance/tokens_max_over_mean | 1 | last | tokens of the fullest rank over mean
     balance/work_max_over_mean | 1 | last | attention work of the busiest rank over mean
+    balance/exchange_step_max_over_mean | 1 | max | busiest rank of each exchange step over mean work
     balance/comm_wait_frac | 1 | mean | share of the step spent waiting for the exchange
     balance/lp_predicted_over_measured | 1 | last | planned over measured time of forward and backward
     balance/plan_gap | 1 | last | planned time over its proven lower bound, less 1
@@ -72,6 +74,7 @@ METRICS = _table(
     comm/bytes_intra_node | B | sum | attention exchange inside nodes, sent
     comm/bytes_inter_node | B | sum | attention exchange between nodes, sent
     sparse/density | 1 | mean | attended share of the causal area
+    sparse/pattern_loss | nats | mean | the pattern's own loss (seer_gate), mean over layers
     sparse/selected_mass | 1 | mean | share of the dense attention mass that the pattern keeps
     elim/captured_mass | 1 | mean | share of the score mass in kept blocks
     elim/kept_frac | 1 | mean | kept share of tokens over layers

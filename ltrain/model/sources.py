@@ -135,6 +135,11 @@ class RandomSource:
             return torch.ones(shape)
         if name.endswith(".bias"):
             return torch.zeros(shape)
-        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return torch.empty(shape).normal_(0.0, self._std, generator=generator)
+        return named_normal(name, shape, self._std, self._seed)
+
+
+def named_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """fp32 normal values that depend on the seed and the name only."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ltrain.attention.patterns import Pattern
 from ltrain.config.base import ConfigError
 from ltrain.config.model import LoraAdapter
 from ltrain.model.export_files import AdapterWriter, FolderWriter, SavesTokenizer
 from ltrain.model.lora import adapter_shapes, adapter_shards
+from ltrain.model.pattern_weights import LEARNED, PatternFiles, gather_pattern, pattern_shapes
 from ltrain.model.sharding import Shard, stage_shards
 from ltrain.model.sources import RandomSource, SafetensorsSource, WeightSource
 from ltrain.model.spec import ModelSpec
@@ -61,8 +63,10 @@ def fill(model: nn.Module, shards: dict[str, Shard], source: WeightSource) -> No
 
 
 def base_parameters(model: nn.Module, shards: dict[str, Shard]) -> dict[str, nn.Parameter]:
-    """The model's parameters by name, adapters left out, checked against the map."""
-    parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
+    """The model's parameters by name, adapters and pattern weights left out, checked against the map."""
+    parameters = {
+        name: p for name, p in model.named_parameters() if ".lora_" not in name and LEARNED not in name
+    }
     if set(parameters) != set(shards):
         raise RuntimeError(f"parameters and map differ: {sorted(set(parameters) ^ set(shards))}")
     for name, parameter in parameters.items():
@@ -82,12 +86,15 @@ def export_model(
     folder: Path,
     *,
     tokenizer: SavesTokenizer | None = None,
+    pattern: Pattern | None = None,
+    block: int = 128,
     max_file_bytes: int = 4 << 30,
 ) -> None:
     """Write the model as a Hugging Face folder that replaces `folder` only once it is whole. Collective.
 
-    Adapters are merged. Rank 0 receives one parameter at a time and holds at most about one file
-    (`max_file_bytes`) in memory. The tensors keep the parameters' type. Raises OSError or ConfigError, on
+    Adapters are merged. Weights that `pattern` (in blocks of `block` tokens) learned go to files of their
+    own. Rank 0 receives one parameter at a time and holds at most about one file (`max_file_bytes`) in
+    memory. The tensors keep the parameters' type. Raises OSError or ConfigError, on
     every rank, where the folder can't be written.
     """
     parameters = base_parameters(model, _shards(spec, mesh, mesh.pipeline.rank, mesh.tensor.rank))
@@ -102,6 +109,15 @@ def export_model(
         failure.guard(lambda: writer[0].files.add(shard, value))
 
     gather_to_first(mesh, partial(_shards, spec, mesh), values, dtype, take)
+    if pattern is not None and pattern_shapes(spec, pattern):
+        extra: list[PatternFiles] = []
+        failure.guard(lambda: extra.append(PatternFiles(writer[0].partial, spec, pattern, block, dtype)))
+
+        def take_learned(shard: Shard, value: Tensor) -> None:
+            failure.guard(lambda: extra[0].files.add(shard, value))
+
+        gather_pattern(model, spec, pattern, mesh, dtype, take_learned)
+        failure.guard(lambda: extra[0].finish())
     failure.guard(lambda: writer[0].finish(tokenizer))
     if failure.error is not None:
         writer[0].abandon()

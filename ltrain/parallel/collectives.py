@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,16 +36,17 @@ class Traffic:
     """What this rank sent, waited for and worked on: a counter that the caller owns and passes in.
 
     `node_size` ranks of the group share a node (None: all of them). Bytes are payload bytes handed to the
-    transport.
+    transport. `step_tiles` holds the selected blocks that each attention call of a forward pass worked on,
+    every query head counted. Seconds are the host's clock, on a GPU the time between events of its stream.
     """
 
     node_size: int | None = None
     bytes_in_node: int = 0
     bytes_between_nodes: int = 0
     num_messages: int = 0
-    host_wait_s: float = 0.0
-    step_tiles: list[int] = field(default_factory=list)
-    _device_waits: list[tuple[Any, Any]] = field(default_factory=list)
+    step_tiles: list[float] = field(default_factory=list)
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _device_spans: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     @property
     def bytes_sent(self) -> int:
@@ -52,13 +54,32 @@ class Traffic:
 
     @property
     def wait_s(self) -> float:
-        """Seconds during which computation stood still for an exchange (on a GPU: waits for the device to
-        finish)."""
-        for start, end in self._device_waits:
+        """Seconds during which computation stood still for an exchange."""
+        return self.seconds("wait")
+
+    @contextmanager
+    def span(self, name: str, on_device: bool) -> Iterator[None]:
+        """Add the time of a block of code to `name`."""
+        if on_device:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if on_device:
+                end.record()
+                self._device_spans.append((name, start, end))
+            else:
+                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def seconds(self, name: str) -> float:
+        """Seconds of all spans of that name so far; on a GPU, waits for the device to finish them."""
+        for span, start, end in self._device_spans:
             end.synchronize()
-            self.host_wait_s += start.elapsed_time(end) / 1e3
-        self._device_waits.clear()
-        return self.host_wait_s
+            self._seconds[span] = self._seconds.get(span, 0.0) + start.elapsed_time(end) / 1e3
+        self._device_spans.clear()
+        return self._seconds.get(name, 0.0)
 
     def add(self, sender: int, receiver: int, num_bytes: int) -> None:
         """Count a message between two ranks numbered in the whole context-parallel group."""
@@ -82,21 +103,18 @@ class Pending:
 
     def wait(self) -> tuple[Tensor, ...]:
         if self.works:
-            on_device = self.received[0].is_cuda if self.received else False
-            if on_device and self.traffic is not None:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-            began = time.perf_counter()
-            for work in self.works:
-                work.wait()
-            if self.traffic is not None:
-                if on_device:
-                    end.record()
-                    self.traffic._device_waits.append((start, end))
-                else:
-                    self.traffic.host_wait_s += time.perf_counter() - began
+            with timed(self.traffic, "wait", self.received):
+                for work in self.works:
+                    work.wait()
         self.works, self.keep = [], ()
         return self.received
+
+
+def timed(traffic: Traffic | None, name: str, tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """A span of `traffic` on the device of `tensors`; nothing without a counter."""
+    if traffic is None:
+        return nullcontext()
+    return traffic.span(name, bool(tensors) and tensors[0].is_cuda)
 
 
 @dataclass(frozen=True)

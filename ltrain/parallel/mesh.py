@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -52,6 +54,17 @@ class Mesh:
     def describe(self) -> str:
         axes = (self.tensor, self.context, self.data, self.pipeline)
         return " x ".join(f"{axis.name} {axis.size}" for axis in axes) + f" = {self.world_size} ranks"
+
+
+def ranks_per_node(axis: Axis) -> int | None:
+    """How many consecutive ranks of the axis share a host; None for one host, or where hosts hold unequal or
+    scattered ranks. Collective over the axis.
+    """
+    hosts: list[str] = [""] * axis.size
+    dist.all_gather_object(hosts, socket.gethostname(), group=axis.group)
+    runs = [len(list(run)) for _, run in itertools.groupby(hosts)]
+    whole = len(runs) == len(set(hosts)) and len(set(runs)) == 1
+    return runs[0] if whole and len(runs) > 1 else None
 
 
 def init_process_group(timeout_s: float) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from ltrain.config.parallel import ContextSection
 from ltrain.data.rows import Row
 from ltrain.parallel.mesh import Mesh
-from ltrain.train.batch import MicroBatch, make_micro_batch
+from ltrain.train.batch import LayoutRule, MicroBatch, make_micro_batch
 from ltrain.train.group_times import GroupTimes
 
 
@@ -50,8 +49,8 @@ class StaticAssignment:
 
     times: GroupTimes | None = None
 
-    def __init__(self, context: ContextSection, mesh: Mesh) -> None:
-        self.context, self.mesh = context, mesh
+    def __init__(self, mesh: Mesh, node_size: int | None, layout: LayoutRule) -> None:
+        self.mesh, self.node_size, self.layout = mesh, node_size, layout
 
     def start(self) -> None:
         """Nothing to prepare."""
@@ -64,11 +63,9 @@ class StaticAssignment:
                 group=mesh.context.group,
                 rank=mesh.context.rank,
                 size=mesh.context.size,
-                kind=self.context.layout,
-                block=self.context.block,
+                layout=self.layout,
                 device=mesh.device,
-                node_size=self.context.node_size,
-                schedule=self.context.schedule,
+                node_size=self.node_size,
             )
             for row in rows[mesh.data.rank :: mesh.data.size]
         ]

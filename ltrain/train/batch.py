@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,13 @@ from torch import Tensor
 
 from ltrain.attention.context import AttentionContext
 from ltrain.data.rows import IGNORE, Row, Stream
-from ltrain.parallel.layout import LayoutKind, SequenceLayout
+from ltrain.parallel.layout import SequenceLayout
+
+
+class LayoutRule(Protocol):
+    """Decides which of `world_size` ranks holds which tokens of a sequence; equal on all of them."""
+
+    def __call__(self, num_tokens: int, world_size: int, doc_ids: Tensor | None = None) -> SequenceLayout: ...
 
 
 @dataclass
@@ -36,40 +43,40 @@ def make_micro_batch(
     group: dist.ProcessGroup | None,
     rank: int,
     size: int,
-    kind: LayoutKind,
-    block: int,
+    layout: LayoutRule | SequenceLayout,
     device: torch.device,
     node_size: int | None = None,
-    layout: SequenceLayout | None = None,
     schedule: str | None = None,
 ) -> MicroBatch:
-    """Shard a packed row over a group of `size` ranks, of which this is `rank`. `layout` and `schedule` take
-    the place of `kind` and of the run's exchange.
+    """Shard a packed row over a group of `size` ranks, of which this is `rank`, as `layout` says; `schedule`
+    takes the place of the run's exchange.
 
     Labels and positions are derived before the row is cut, so that targets cross shard borders correctly.
     """
     tokens, labels, positions, doc_ids = (torch.from_numpy(x) for x in row.arrays())
-    layout = layout or SequenceLayout(kind, len(tokens), size, block)
-    at = layout.positions(rank).to(torch.int64)
+    dealt = layout if isinstance(layout, SequenceLayout) else layout(len(tokens), size, doc_ids)
+    at = dealt.positions(rank).to(torch.int64)
     local_labels = labels[at].to(torch.int64)
+    num_targets = int((local_labels != IGNORE).sum())
     local_positions = positions[at].to(torch.int32).to(device)
     context = AttentionContext(
         qkv_format="sbhd",
-        layout=layout,
+        layout=dealt,
         group=group,
         rank=rank,
         rope_positions=local_positions,
         doc_ids=doc_ids.to(torch.int32).to(device),
         node_size=node_size,
         schedule=schedule,
-        key=zlib.crc32(row.tokens.tobytes()),
+        key=zlib.crc32(tokens.numpy().tobytes()),
         targets=(labels != IGNORE).numpy(),
+        num_targets=num_targets,
     )
     return MicroBatch(
         tokens=tokens[at].to(torch.int64).unsqueeze(0).to(device),
         labels=local_labels.unsqueeze(0).to(device),
         positions=local_positions,
         context=context,
-        num_targets=int((local_labels != IGNORE).sum()),
+        num_targets=num_targets,
         document_lengths=tuple(row.document_lengths),
     )

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from ltrain.attention import patterns
+from ltrain.attention.layout_choice import LayoutChoice
 from ltrain.attention.module import AttentionSettings, CoreAttention
+from ltrain.attention.profile import shared_profile
 from ltrain.config.model import LoraAdapter
 from ltrain.config.planner import PlannedAssignment
 from ltrain.config.schema import RunConfig
@@ -21,10 +23,11 @@ from ltrain.model.build import build_model
 from ltrain.model.freeze import freeze_parameters
 from ltrain.model.language_model import LanguageModel
 from ltrain.model.lora import init_adapter
+from ltrain.model.pattern_weights import init_pattern
 from ltrain.model.spec import ModelSpec
 from ltrain.model.weights import import_model
 from ltrain.parallel import seam
-from ltrain.parallel.mesh import Mesh, init_mesh
+from ltrain.parallel.mesh import Mesh, init_mesh, ranks_per_node
 from ltrain.train.assignment import Assignment, StaticAssignment
 from ltrain.train.batch import MicroBatch
 from ltrain.train.checkpoint.manager import CheckpointManager
@@ -53,6 +56,7 @@ def build_run(config: RunConfig) -> Run:
     )
     with seam.cpu_seam():
         model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
+    node_size = parallel.context.node_size or ranks_per_node(mesh.context)
     # One process tokenises what is not in the cache yet, under a lock; the others wait for it.
     corpus = open_corpus(config.data, plan.tokenizer)
     elimination = build_elimination(config, plan.spec)
@@ -81,7 +85,13 @@ def build_run(config: RunConfig) -> Run:
         seed=config.run.seed,
         prefetch=planned.ahead if planned else 1,
     )
-    assignment: Assignment = StaticAssignment(parallel.context, mesh)
+    pattern = patterns.from_config(config.attention.pattern)
+    context = parallel.context
+    if elimination is not None and context.layout == "auto":
+        # Every rank must hold whole strata of the tokens that layers choose from.
+        context = context.model_copy(update={"layout": "striped"})
+    layout = LayoutChoice(context, pattern, plan.spec.windows, num_kv_heads=plan.spec.num_kv_heads)
+    assignment: Assignment = StaticAssignment(mesh, node_size, layout)
     if planned is not None:
 
         def probe(batches: list[MicroBatch]) -> None:
@@ -129,13 +139,18 @@ def build_language_model(
     config: RunConfig, spec: ModelSpec, mesh: Mesh, elimination: Elimination | None = None
 ) -> Any:
     """This rank's stage and shard of the model, with the weights of its source."""
+    pattern = patterns.from_config(config.attention.pattern)
+    path, profile = config.parallel.context.profile, None
+    if path is not None:
+        profile = shared_profile(path, dist.group.WORLD, mesh.device)
     settings = AttentionSettings(
         rope=spec.rope,
         windows=spec.windows,
-        pattern=patterns.from_config(config.attention.pattern),
+        pattern=pattern,
         total_kv_heads=spec.num_kv_heads,
         schedule=config.parallel.context.schedule,
         tensor_rank=mesh.tensor.rank,
+        profile=profile,
     )
     lora = config.model.adapter if isinstance(config.model.adapter, LoraAdapter) else None
     model = build_model(
@@ -159,6 +174,7 @@ def build_language_model(
     )
     model.to(mesh.device)
     import_model(model, spec, mesh, seed=config.run.seed)
+    init_pattern(model, spec, pattern, mesh, seed=config.run.seed)
     if lora is not None:
         init_adapter(model, spec, lora, mesh, seed=config.run.seed)
     freeze_parameters(model, spec, config.model, mesh)

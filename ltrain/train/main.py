@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ltrain.attention import patterns
 from ltrain.config.base import ConfigError
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import open_corpus
@@ -156,7 +157,15 @@ def export_run(run: Run, folder: Path) -> None:
     from ltrain.config.model import LoraAdapter
     from ltrain.model.weights import export_adapter, export_model
 
-    export_model(run.model, run.spec, run.mesh, folder, tokenizer=run.tokenizer)
+    export_model(
+        run.model,
+        run.spec,
+        run.mesh,
+        folder,
+        tokenizer=run.tokenizer,
+        pattern=patterns.from_config(run.config.attention.pattern),
+        block=run.config.parallel.context.block,
+    )
     adapter = run.config.model.adapter
     if isinstance(adapter, LoraAdapter) and not adapter.also_train:
         export_adapter(run.model, run.spec, adapter, run.mesh, folder.with_name(f"{folder.name}-adapter"))

@@ -20,6 +20,7 @@ from ltrain.metrics.straggler import Straggler
 from ltrain.metrics.timers import Timers
 from ltrain.model.flops import step_flops
 from ltrain.sync import SyncReport
+from ltrain.train.attention_meter import AttentionMeter
 from ltrain.train.batch import MicroBatch
 from ltrain.train.evaluate import Evaluation
 from ltrain.train.optimizer import OptimizerStep
@@ -36,6 +37,7 @@ class Measure:
         self.config, self.run, self.timers = config, run, timers
         self.main = dist.get_rank() == 0
         self.straggler = Straggler()
+        self.attention = AttentionMeter(run.mesh, one_group=config.parallel.assignment.kind == "static")
         self._profiler: Any = None
         self.peak = config.metrics.peak_tflops
         if self.peak is None and torch.cuda.is_available():
@@ -65,6 +67,14 @@ class Measure:
                 "Weights & Biases",
             )
 
+    def _logs(self, step: int) -> bool:
+        return step % self.config.metrics.every == 0 or step == self.config.train.steps
+
+    def prepare(self, batches: list[MicroBatch], step: int) -> None:
+        """Set counters on the micro-batches of step `step`, if it is one that is logged."""
+        if self._logs(step):
+            self.attention.attach(batches)
+
     def step(
         self,
         *,
@@ -82,11 +92,12 @@ class Measure:
         times = self.timers.collect()
         # mcore reduces gradients inside its forward-backward schedule.
         times["time/forward_backward_s"] -= times.get("time/grad_sync_s", 0.0)
-        if run.step % config.metrics.every and run.step != config.train.steps:
+        if not self._logs(run.step):
             return
         local = {**times, **devices.memory_metrics(), "perf/step_time_s": seconds, **(assignment or {})}
         computing = times.get("time/forward_s", 0.0) + times.get("time/backward_s", 0.0)
-        local["balance/compute"] = computing - times.get("time/attention_comm_s", 0.0)
+        local |= self.attention.local(batches, seconds)
+        local["balance/compute"] = computing - local.get("time/attention_comm_s", 0.0)
         local |= run.links.bytes_sent()
         if sync is not None:
             local |= sync.metrics
@@ -98,8 +109,9 @@ class Measure:
         if not self.main:
             return
         seconds = metrics["perf/step_time_s"]
-        compute = by_rank["balance/compute"]
-        metrics.pop("balance/compute", None)
+        compute, work = by_rank["balance/compute"], by_rank["balance/attention_work"]
+        for name in ("balance/compute", "balance/attention_work"):
+            metrics.pop(name, None)
         self._name_straggler(compute)
         world = run.mesh.world_size
         lengths = [
@@ -131,6 +143,7 @@ class Measure:
             "balance/compute_max_over_mean": max(compute) * world / sum(compute) if sum(compute) else 1.0,
             "balance/slowest_rank": float(compute.index(max(compute))),
             "balance/straggler_rank": float(self.straggler.rank),
+            "balance/work_max_over_mean": max(work) * world / sum(work) if sum(work) else 1.0,
             **data.stats,
         }
         if run.elimination is not None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from ltrain.attention import patterns
+from ltrain.attention.profile import Profile
 from ltrain.attention.rope import Rope
 from ltrain.config.base import ConfigError
 from ltrain.config.planner import PlannedAssignment
@@ -17,6 +19,7 @@ from ltrain.data.corpus import Corpus
 from ltrain.data.tokenizer import Tokenizer, load_tokenizer
 from ltrain.model.families import extend_rope, resolve_spec
 from ltrain.model.freeze import frozen_tensors
+from ltrain.model.pattern_weights import stored_pattern
 from ltrain.model.sources import check_weights
 from ltrain.model.spec import ModelSpec, Reparametrisation
 from ltrain.parallel.degrees import check_world, rows_per_step
@@ -68,6 +71,10 @@ def check_run(config: RunConfig, world_size: int) -> Plan:
         cluster_of(planned, data_size * parallel.context.degree)
     # Planned rows are cut into documents, which need not divide over the data axis.
     rows = rows_per_step(config.train.tokens_per_step, config.train.seq_len, 1 if planned else data_size)
+    pattern = patterns.from_config(config.attention.pattern)
+    stored_pattern(spec, pattern)
+    if parallel.context.profile is not None:
+        Profile.load(parallel.context.profile)
     return Plan(spec, tokenizer, data_size, rows, source_rope)
 
 

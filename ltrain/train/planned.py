@@ -140,11 +140,11 @@ class Planned:
             group=self._group(ranks),
             rank=task.member,
             size=len(ranks),
-            kind="striped",
-            block=self.block,
             device=self.mesh.device,
             node_size=ranks_per_node(self._cluster, ranks),
-            layout=None if even else SequenceLayout.dealt(owners.tolist(), tokens, len(ranks), self.block),
+            layout=SequenceLayout("striped", tokens, len(ranks), self.block)
+            if even
+            else SequenceLayout.dealt(owners.tolist(), tokens, len(ranks), self.block),
             # One rank exchanges nothing: any schedule over tokens is plain attention.
             schedule="ring" if len(ranks) == 1 else task.schedule,
         )

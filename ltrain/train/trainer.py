@@ -98,8 +98,11 @@ class Trainer:
         with timers.phase("data", host=True):
             data = run.loader.next_step()
             batches = run.assignment.batches(data.rows)
+            for batch in batches:
+                batch.context.step = run.step
         if run.elimination is not None:
             run.elimination.step = run.step
+        self.measure.prepare(batches, run.step + 1)
         run.ddp.zero_grad_buffer()
         run.optimizer.zero_grad()
         with self.measure.profile(run.step + 1):

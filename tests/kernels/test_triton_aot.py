@@ -9,16 +9,19 @@ few spilled registers.
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from support.triton_aot import Report, Variant, compile_variant
+from support.triton_aot import HOPPER_KERNELS, KERNELS, Report, Variant, compile_variant
 
+from ltrain_kernels import block_sparse
 from ltrain_kernels.block_sparse.triton_config import SHARED_BYTES, Tile
 
 VARIANTS = {
@@ -80,6 +83,30 @@ def test_no_spills(reports, name):
 def test_warpgroup_instructions(reports, name):
     assert reports[name].warpgroup_mma > 0
     assert reports[name].serialized_mma == 0, reports[name]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_block_of_threads_fits_the_register_file(reports, name):
+    report = reports[name]
+    assert report.registers <= 255 and report.registers * 32 * report.num_warps <= 65536, report
+
+
+def test_every_kernel_that_is_launched_is_compiled_here():
+    launched, jitted = set(), set()
+    for path in Path(block_sparse.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            # kernel[grid](...)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launched.add(ast.unparse(node.func.value))
+            if isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(d).startswith(("triton.jit", "gluon.jit")) for d in node.decorator_list
+            ):
+                jitted.add(node.name)
+    known = {kernel.fn.__name__ for kernel in (*KERNELS.values(), *HOPPER_KERNELS.values())}
+    assert launched & jitted == known
+    for arch in (80, 90):
+        compiled = {v.kernel for v in VARIANTS.values() if v.arch == arch} | {"delta"}
+        assert compiled == set(KERNELS)
 
 
 @pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.arch == 80])

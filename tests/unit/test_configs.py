@@ -29,6 +29,7 @@ PUBLISHED = {
         "max_position_embeddings": 32768, "rope_theta": 1000000.0, "tie_word_embeddings": True,
     },
 }  # fmt: skip
+PUBLISHED["llama3.1_8b_128k_s2"] = PUBLISHED["llama3.1_8b_64k"]
 SMALL = {
     "model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
     "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 258, "max_position_embeddings": 512,
@@ -72,6 +73,27 @@ def test_a_shipped_config_passes_check(path, tmp_path, capsys):
     assert main(["check", str(path), "--world-size", str(world), *overrides]) == 0
     said = capsys.readouterr().out
     assert "memory a rank" in said and f"= {world} ranks" in " ".join(said.split())
+
+
+def test_the_long_configs_are_what_they_are_named_for():
+    from ltrain.attention import patterns
+
+    ring = load_config(CONFIGS / "qwen2.5_3b_512k.yaml")
+    assert ring.attention.pattern.kind == "vertical_slash"
+    assert (ring.parallel.context.schedule, ring.parallel.context.node_size) == ("nested_ring", 8)
+    s2 = load_config(CONFIGS / "llama3.1_8b_128k_s2.yaml")
+    assert s2.parallel.context.schedule == "needed"
+    blocks = s2.train.seq_len // s2.parallel.context.block
+    # Two tensor-parallel ranks of four heads each, by global head id: together they see every block.
+    seen = set()
+    for first in (0, 4):
+        index = patterns.from_config(s2.attention.pattern).index(
+            num_tokens=s2.train.seq_len, num_kv_heads=4, num_heads=16, block=64, layer=2, num_layers=32,
+            kv_head_offset=first, total_kv_heads=8,
+        )  # fmt: skip
+        ptr, col = index.select([blocks - 1], list(range(blocks))).entries()
+        seen |= set(col[: int(ptr.max())].tolist())
+    assert seen == set(range(blocks))
 
 
 def test_the_world_size_must_fit(capsys):

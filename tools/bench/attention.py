@@ -2,7 +2,8 @@
 
     python tools/bench/attention.py --tokens 16384 --threads 2 --out outputs/bench
 
-Every repeat runs each kernel once in turn, so that a change of the machine's load meets all of them; the
+FlexAttention (`--flex`) is compiled for every mask, which takes a minute each, and has no backward on the
+CPU. Every repeat runs each kernel once in turn, so that a change of the machine's load meets all of them; the
 table holds medians. Rates count the arithmetic of the kept blocks only: 4 D operations a pair and head in the
 forward, 2.5 times that in the backward.
 """
@@ -34,7 +35,7 @@ from ltrain_kernels.block_sparse.cpu import extension_loaded
 
 FIELDS = [
     "pattern", "kernel", "dtype", "tokens", "density", "forward_s", "backward_s", "forward_tflop_s",
-    "backward_tflop_s", "rate_of_dense", "speedup_over_sdpa", "index_mib",
+    "backward_tflop_s", "rate_of_dense", "speedup_over_sdpa", "index_mib", "peak_mib",
 ]  # fmt: skip
 
 
@@ -64,8 +65,51 @@ def timed(call: Callable[[], Tensor], dout: Tensor, inputs: Sequence[Tensor]) ->
     start = time.perf_counter()
     out = call()
     middle = time.perf_counter()
-    out.backward(dout)
+    if out.requires_grad:
+        out.backward(dout)
     return middle - start, time.perf_counter() - middle
+
+
+def flex(
+    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, tokens: int, num_heads: int
+) -> Callable[[], Tensor]:
+    """FlexAttention's compiled forward over the same blocks, from lists of blocks: its own mask building
+    holds T x T numbers.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    mask = index.to_mask()
+    mask = mask.repeat_interleave(num_heads // mask.shape[1], 1) if mask.shape[1] > 1 else mask
+    diagonal = torch.eye(mask.shape[-1], dtype=torch.bool)
+
+    def lists(kept: Tensor) -> tuple[Tensor, Tensor]:
+        order = kept.int().argsort(dim=-1, descending=True, stable=True)
+        return kept.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+    block_mask = BlockMask.from_kv_blocks(
+        *lists(mask & diagonal),
+        *lists(mask & ~diagonal),
+        BLOCK_SIZE=index.block_q,
+        mask_mod=lambda b, h, i, j: i >= j,
+        seq_lengths=(tokens, tokens),
+    )
+    attend = torch.compile(flex_attention, dynamic=False)
+    heads_first = [x.detach().transpose(1, 2).contiguous() for x in (q, k, v)]
+    return lambda: attend(*heads_first, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most bytes that a call holds at one time, from torch's own record of CPU allocations."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    held, most = 0, 0
+    for event in sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 def bench(args: argparse.Namespace, tokens: int, dtype: torch.dtype) -> list[dict[str, object]]:
@@ -89,6 +133,8 @@ def bench(args: argparse.Namespace, tokens: int, dtype: torch.dtype) -> list[dic
     calls |= {
         name: lambda plan=plan: block_sparse_attention(q, k, v, plan)[0] for name, plan in plans.items()
     }
+    if args.flex:
+        calls |= {f"flex {name}": flex(q, k, v, index, tokens, args.heads) for name, index in indices.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for repeat in range(args.repeats + 1):
         for name, call in calls.items():
@@ -99,32 +145,36 @@ def bench(args: argparse.Namespace, tokens: int, dtype: torch.dtype) -> list[dic
     medians = {
         name: [statistics.median(side) for side in zip(*pairs, strict=True)] for name, pairs in times.items()
     }
+    peaks = {name: peak_bytes(lambda call=call: timed(call, dout, (q, k, v))) for name, call in calls.items()}
     flops = 4 * args.head_size * args.heads * tokens * (tokens + 1) / 2
     rows = []
     for name, (forward_s, backward_s) in medians.items():
-        density = 1.0 if name == "sdpa" else indices[name].density()
-        whole = 3.5 * flops * density / (forward_s + backward_s)
-        sdpa_s = sum(medians["sdpa"])
+        pattern = "dense" if name == "sdpa" else name.removeprefix("flex ")
+        density = 1.0 if name == "sdpa" else indices[pattern].density()
+        both = not name.startswith("flex ")
+        whole = (3.5 if both else 1) * flops * density / (forward_s + backward_s * both)
+        sdpa_s = sum(medians["sdpa"]) if both else medians["sdpa"][0]
         held = 0
-        if name != "sdpa":
+        if name in plans:
             lists = (plans[name].rows, plans[name].cols)
             held = indices[name].nbytes + sum(
                 x.nbytes for part in lists for x in (part.ptr, part.mid, part.ids)
             )
         rows.append(
             {
-                "pattern": "dense" if name == "sdpa" else name,
-                "kernel": "sdpa" if name == "sdpa" else "block_sparse",
+                "pattern": pattern,
+                "kernel": "sdpa" if name == "sdpa" else "block_sparse" if both else "flex (forward)",
                 "dtype": str(dtype).removeprefix("torch."),
                 "tokens": tokens,
                 "density": round(density, 4),
                 "forward_s": round(forward_s, 4),
-                "backward_s": round(backward_s, 4),
+                "backward_s": round(backward_s, 4) if both else "",
                 "forward_tflop_s": round(flops * density / forward_s / 1e12, 4),
-                "backward_tflop_s": round(2.5 * flops * density / backward_s / 1e12, 4),
-                "rate_of_dense": round(whole / (3.5 * flops / sdpa_s), 3),
-                "speedup_over_sdpa": round(sdpa_s / (forward_s + backward_s), 2),
+                "backward_tflop_s": round(2.5 * flops * density / backward_s / 1e12, 4) if both else "",
+                "rate_of_dense": round(whole / ((3.5 if both else 1) * flops / sdpa_s), 3),
+                "speedup_over_sdpa": round(sdpa_s / (forward_s + backward_s * both), 2),
                 "index_mib": round(held / 2**20, 3),
+                "peak_mib": round(peaks[name] / 2**20, 1),
             }
         )
     return rows
@@ -133,7 +183,7 @@ def bench(args: argparse.Namespace, tokens: int, dtype: torch.dtype) -> list[dic
 def break_even(rows: Sequence[dict[str, object]]) -> float | None:
     """The density at which attention takes as long as SDPA, interpolated between the measured ones."""
     points = sorted(
-        (float(r["density"]), float(r["speedup_over_sdpa"])) for r in rows if r["kernel"] != "sdpa"
+        (float(r["density"]), float(r["speedup_over_sdpa"])) for r in rows if r["kernel"] == "block_sparse"
     )
     for (d0, s0), (d1, s1) in pairwise(points):
         if s0 >= 1 > s1:
@@ -151,7 +201,7 @@ def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
     groups = sorted({(str(r["dtype"]), int(str(r["tokens"]))) for r in rows})
     for dtype, tokens in groups:
-        mine = [r for r in rows if (r["dtype"], r["tokens"]) == (dtype, tokens) and r["kernel"] != "sdpa"]
+        mine = [r for r in rows if (r["dtype"], r["tokens"], r["kernel"]) == (dtype, tokens, "block_sparse")]
         mine.sort(key=lambda r: float(str(r["density"])))
         axis.plot(
             [r["density"] for r in mine],
@@ -183,6 +233,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--block", type=int, default=128)
     made.add_argument("--density", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.05])
     made.add_argument("--pattern", nargs="+", help="only these rows of the table, e.g. dense 'random 10%%'")
+    made.add_argument("--flex", action="store_true", help="also FlexAttention's forward")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--out", type=Path, default=Path("outputs/bench"))

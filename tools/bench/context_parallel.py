@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from context_parallel_tables import real_table, simulated_table, write_report
 from torch import Tensor
 
 from ltrain.attention.context_parallel import context_parallel_attention
@@ -281,33 +282,6 @@ def _job(options: argparse.Namespace, pattern: str, schedule: str, layout: str, 
     )
 
 
-def print_real(rows: list[dict[str, Any]]) -> None:
-    """A table; both ratios are of the slowest rank's CPU seconds, which other load on the machine leaves
-    alone."""
-    print(
-        "| ranks | pattern | schedule | layout | wall s | CPU s | share of ideal | against dense zigzag ring "
-        "| waits s | MB sent | peak MB | error |"
-    )
-    print("|" + "---|" * 12)
-    for row in rows:
-        same = [r for r in rows if r["world"] == row["world"]]
-        ideal = [r for r in same if r["schedule"] == "ideal" and r["pattern"] == row["pattern"]]
-        dense = next(r for r in same if r["pattern"] == "dense" and r["layout"] == "zigzag")
-        of_ideal = f"{ideal[0]['cpu_s'] / row['cpu_s']:.2f}" if ideal else ""
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}"
-        error = "" if row["error"] is None else f"{row['error']:.0e}"
-        cells = [row["world"], row["pattern"], row["schedule"], row["layout"], f"{row['s']:.3f}"]
-        cells += [f"{row['cpu_s']:.3f}", of_ideal]
-        cells += [
-            f"{dense['cpu_s'] / row['cpu_s']:.1f} x",
-            f"{row['wait_s']:.3f}",
-            f"{row['bytes'] / 1e6:.2f}",
-            peak,
-            error,
-        ]
-        print("| " + " | ".join(map(str, cells)) + " |")
-
-
 def simulate(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Predictions of all schedules for worlds x profiles x patterns, as rows."""
     rows = []
@@ -347,28 +321,6 @@ def _predicted(
     }
 
 
-def print_simulated(rows: list[dict[str, Any]]) -> None:
-    print("| profile | pattern | ranks | best | fwd + bwd ms | second | x | ring x | MB in / between nodes |")
-    print("|" + "---|" * 9)
-    for key in dict.fromkeys((r["profile"], r["pattern"], r["world"]) for r in rows):
-        same = sorted(
-            (r for r in rows if (r["profile"], r["pattern"], r["world"]) == key),
-            key=lambda r: r["forward_s"] + r["backward_s"],
-        )
-        total = [r["forward_s"] + r["backward_s"] for r in same]
-        ring = next(t for t, r in zip(total, same, strict=True) if r["schedule"] == "ring")
-        best, (second_s, second) = same[0], (total[1], same[1]["schedule"])
-        cells = [
-            *key,
-            best["schedule"],
-            f"{best['forward_s'] * 1e3:.2f} + {best['backward_s'] * 1e3:.2f}",
-            second,
-        ]
-        cells += [f"{second_s / total[0]:.2f}", f"{ring / total[0]:.2f}"]
-        cells += [f"{best['bytes_in_node'] / 1e6:.1f} / {best['bytes_between_nodes'] / 1e6:.1f}"]
-        print("| " + " | ".join(map(str, cells)) + " |")
-
-
 def published() -> list[tuple[str, float, float]]:
     """(schedule, published ms, predicted ms) of a forward layer: Qwen2.5-3B heads, 512K, 4 x 8 A100, 95 %
     sparse."""
@@ -388,9 +340,9 @@ def published() -> list[tuple[str, float, float]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`ltrain bench context-parallel real|simulate|published`."""
+    """`ltrain bench context-parallel real|simulate|published|report`."""
     parser = argparse.ArgumentParser(prog="ltrain bench context-parallel", description=__doc__)
-    parser.add_argument("mode", choices=["real", "simulate", "published"])
+    parser.add_argument("mode", choices=["real", "simulate", "published", "report"])
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=["dense", "slashes"])
     parser.add_argument("--schedules", nargs="+", choices=[*SCHEDULES, "halo"], default=["ring", "ulysses"])
     parser.add_argument("--worlds", nargs="+", type=int, default=[2])
@@ -412,8 +364,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--memory", action="store_true", help="also measure peak memory (a profiled extra call)"
     )
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file; report: read them")
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/context_parallel.md"))
     options = parser.parse_args(argv)
+    if options.mode == "report":
+        write_report(options.json, options.page)
+        return 0
     if options.mode == "published":
         print("| schedule | published ms | predicted ms | ratio |\n|---|---|---|---|")
         for name, ms, predicted in published():
@@ -421,9 +377,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores")
     rows = real(options) if options.mode == "real" else simulate(options)
-    (print_real if options.mode == "real" else print_simulated)(rows)
+    print(real_table(rows) if options.mode == "real" else simulated_table(rows))
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+        facts = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
+        options.json.write_text(json.dumps({**facts, "arguments": sys.argv[1:], "rows": rows}, indent=1))
     return 0
 
 

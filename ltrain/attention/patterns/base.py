@@ -10,6 +10,7 @@ reduction described as data (exchange.py), and the finishing of the rows or head
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -76,6 +77,26 @@ class Selection:
         return self.index if self.verticals is None else self.verticals.as_blocks(self.index)
 
 
+@dataclass(frozen=True)
+class LayerCall:
+    """One layer's attention on this rank, as a pattern with branches of its own needs it.
+
+    `place` says which tokens of the sequence are here; `attend(q, k, v, index) -> out` is exact attention
+    over the whole sequence; `gather(x, y)` is the differentiable gather of two tensors [B, own blocks, ...]
+    to all blocks in document order; `cached(key, make)` keeps what the layers of a micro-batch share;
+    `window` is the model's own.
+    """
+
+    num_tokens: int
+    doc_ids: Tensor | None
+    place: Place
+    attend: Callable[[Tensor, Tensor, Tensor, BlockIndex], Tensor]
+    gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    cached: Callable[[Any, Callable[[], Any]], Any]
+    window: int | None = None
+    scale: float | None = None
+
+
 class Pattern(PatternFields, ABC):
     """A pattern of attention; subclasses also inherit their configuration section.
 
@@ -98,8 +119,28 @@ class Pattern(PatternFields, ABC):
         return layer in self.dense_layers
 
     def make_module(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> nn.Module | None:
-        """The learned part for one layer (this process's heads), or None for patterns without parameters."""
+        """The learned part for one layer (this process's heads), or None for patterns without parameters.
+
+        Every parameter's first dimension is heads, by which it is sharded. `init_std` is the deviation of its
+        normal initial values.
+        """
         return None
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, call: LayerCall
+    ) -> Tensor:
+        """Attention of a pattern with a learned part, out [B, T_local, Hq, Dv]; the selected blocks unless
+        the pattern has branches of its own.
+        """
+        return call.attend(q, k, v, index)
+
+    def lesson(self, q: Tensor, k: Tensor, shape: Shape, place: Place, step: int) -> Steps | None:
+        """The search for the constants of `loss` at a training step; None for patterns without a loss."""
+        return None
+
+    def loss(self, module: Any, constants: Any) -> Tensor:
+        """The pattern's own loss, which trains its module and nothing else."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
 
     @torch.no_grad()
     def index(
@@ -214,6 +255,14 @@ class Pattern(PatternFields, ABC):
         """The index of a static pattern in a layer that isn't dense."""
         raise NotImplementedError(f"{type(self).__name__} is found from q and k")
 
+    def row_work(self, shape: Shape) -> np.ndarray:
+        """Blocks that every row of blocks is predicted to attend, float64 [N]: the mean over heads and batch
+        of a static index; of a search whose outcome isn't known, everything that the row can see.
+        """
+        if not self.static or self.is_dense_layer(shape.layer, shape.num_layers):
+            return np.mean([np.arange(d.num_blocks) - d.low + 1.0 for d in shape.documents], axis=0)
+        return self.build(shape).drop_future().counts().double().mean((0, 1)).cpu().numpy()
+
     def steps(self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None) -> Steps:
         """The search of a dynamic pattern: q [B, T_local, Hq, D], k [B, T_local, Hkv, D] are the tokens of
         `place`.
@@ -231,6 +280,12 @@ class DynamicPattern(Pattern):
     """A pattern that is found from q and k."""
 
     static: ClassVar[bool] = False
+
+    def row_work(self, shape: Shape) -> np.ndarray:
+        seen = super().row_work(shape)
+        limit = getattr(self, "top_k", None)
+        dense = limit is None or self.is_dense_layer(shape.layer, shape.num_layers)
+        return seen if dense else np.minimum(seen, limit)
 
     @abstractmethod
     def steps(self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None) -> Steps: ...

@@ -57,6 +57,12 @@ class Step:
     def tiles(self) -> int:
         return self.plan.nnz
 
+    def head_tiles(self, num_heads: int) -> float:
+        """Square blocks that are worked on, counted over all `num_heads` (batch x query heads)."""
+        batch, heads, _ = self.plan.rows.mid.shape
+        index = self.plan.index
+        return self.tiles * num_heads * index.block_k / max(batch * heads * index.block_q, 1)
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -87,7 +87,7 @@ def run_forward(
     for number, keys, values in exchange.keys(tokens_first(k), tokens_first(v), traffic):
         step = exchange.steps[number]
         if traffic is not None:
-            traffic.step_tiles.append(step.tiles)
+            traffic.step_tiles.append(step.head_tiles(q.shape[0] * q.shape[2]))
         if step.tiles and q.numel():
             partials.add(*forward_step(q, keys, values, step, scale))
         # The feed is about to receive again: this buffer must not outlive its step.

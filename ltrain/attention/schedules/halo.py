@@ -12,11 +12,11 @@ from __future__ import annotations
 import numpy as np
 
 from ltrain.attention.schedules.base import Problem
-from ltrain.attention.schedules.needed import needed_blocks
+from ltrain.attention.schedules.needed import NeededBlocks, needed_blocks
 from ltrain.config.base import ConfigError
 
 
-def halo_blocks(problem: Problem) -> np.ndarray:
+def halo_blocks(problem: Problem) -> NeededBlocks:
     """`needed_blocks`, checked to lie just before each rank's own runs. Raises ConfigError where they
     don't."""
     needed = needed_blocks(problem)
@@ -26,7 +26,7 @@ def halo_blocks(problem: Problem) -> np.ndarray:
     shortest = int(lengths[:-1].min()) if len(lengths) > 1 else len(owner)
     reach = 0
     for rank in range(problem.layout.world_size):
-        blocks = np.flatnonzero(needed[rank].any(0))
+        blocks = np.flatnonzero(needed.of(rank).any(0))
         own = starts[owner[starts] == rank]
         if len(blocks):
             following = np.searchsorted(own, blocks)

@@ -15,8 +15,9 @@ differ), once, and backward their gradients in fp32 and on the wire.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,50 +25,148 @@ from torch import Tensor
 
 from ltrain.attention.schedules.base import Chunk, Problem, Step, make_step, partial_dtype
 from ltrain.parallel.collectives import Channel, Pending, Traffic
-from ltrain_kernels.block_sparse import BlockIndex, ListIndex, prepare
+from ltrain_kernels.block_sparse import BlockIndex, ClosedIndex, ListIndex, prepare
 
 NEVER = torch.iinfo(torch.int32).max
 
 
-def needed_blocks(problem: Problem) -> np.ndarray:
-    """Which kv head of which rank visits which block: bool [ranks, kv heads or 1, blocks], own blocks left
-    out.
+def needed_blocks(problem: Problem) -> NeededBlocks:
+    """Which kv head of which rank visits which block of another rank.
 
-    Counts only blocks with a visible pair: causal, of a common document, in the window.
+    Counts only blocks with a visible pair: causal, of a common document, in the window. Where the index is a
+    closed form over one document, so is the answer: a row of it costs O(blocks), and no entry is listed.
     """
-    layout = problem.layout
-    pos = problem.positions(torch.arange(layout.num_tokens)).to(torch.int32)
-    doc = problem.doc_ids.cpu() if problem.doc_ids is not None else None
-    plan = prepare(problem.index.to("cpu"), q_pos=pos, k_pos=pos, q_doc=doc, k_doc=doc, window=problem.window)
-    ptr, col = plan.rows.ptr.numpy(), plan.rows.ids.numpy()
-    batch, heads, rows = plan.rows.mid.shape
-    counts = ptr[..., 1:] - ptr[..., :-1]
-    owner = layout.block_owner
-    shared = heads == 1
-    found = np.zeros((layout.world_size, 1 if shared else problem.num_kv_heads, layout.num_blocks), bool)
-    at = 0
-    for b in range(batch):
-        for head in range(heads):
-            total = int(counts[b, head].sum())
-            row = np.repeat(np.arange(rows), counts[b, head])
-            found[owner[row], 0 if shared else head * problem.num_kv_heads // heads, col[at : at + total]] = (
-                True
-            )
-            at += total
-    found[owner, :, np.arange(layout.num_blocks)] = False
-    if found.shape[1] > 1 and (found == found[:, :1]).all():
-        found = found[:, :1]
-    return found
+    index, doc = problem.index, problem.doc_ids
+    one_document = doc is None or bool((doc == doc.reshape(-1)[:1]).all())
+    if isinstance(index, ClosedIndex) and one_document and problem.token_ids is None:
+        return _ClosedNeeds(problem, index)
+    return _ListedNeeds(problem)
+
+
+class NeededBlocks(Protocol):
+    """`of(rank)`: bool [kv heads, or 1 where all need the same; blocks], own blocks left out."""
+
+    classes: int
+
+    def of(self, rank: int) -> np.ndarray: ...
+
+
+class _ClosedNeeds:
+    """A rank needs the sinks and strided columns up to its last row and the nearest blocks of its rows, all
+    within the window."""
+
+    def __init__(self, problem: Problem, index: ClosedIndex) -> None:
+        self.owner, block = problem.layout.block_owner, problem.layout.block
+        self.reach = len(self.owner)
+        if problem.window is not None:
+            self.reach = (problem.window + block - 2) // block
+        params = index.params.cpu().numpy()
+        heads = np.arange(problem.num_kv_heads) * len(params) // problem.num_kv_heads
+        if len(params) > problem.num_kv_heads:
+            # Query heads of one kv head need what any of them visits.
+            group = len(params) // problem.num_kv_heads
+            self.params = params.reshape(problem.num_kv_heads, group, 4)
+        else:
+            self.params = params[heads][:, None]
+        if (self.params == self.params[:1]).all():
+            self.params = self.params[:1]
+        self.classes = len(self.params)
+
+    def of(self, rank: int) -> np.ndarray:
+        column, own = np.arange(len(self.owner)), np.flatnonzero(self.owner == rank)
+        found = np.zeros((self.classes, len(column)), bool)
+        # How far back the nearest own row at or after a column sees it; what follows the last row is unseen.
+        seen = column <= (own[-1] if len(own) else -1)
+        distance = np.full(len(column), len(column))
+        distance[seen] = own[np.searchsorted(own, column[seen])] - column[seen]
+        for kept, heads in zip(found, self.params, strict=True):
+            for local, sinks, stride, residue in heads:
+                kept |= (distance < local) | (column < sinks)
+                if stride:
+                    kept |= column % stride == residue
+        found &= seen & (distance <= self.reach) & (self.owner != rank)
+        return found
+
+
+class _ListedNeeds:
+    """Read off the entries of the index, refined by positions, documents and window."""
+
+    def __init__(self, problem: Problem) -> None:
+        layout = problem.layout
+        pos = problem.positions(torch.arange(layout.num_tokens)).to(torch.int32)
+        doc = problem.doc_ids.cpu() if problem.doc_ids is not None else None
+        plan = prepare(
+            problem.index.to("cpu"), q_pos=pos, k_pos=pos, q_doc=doc, k_doc=doc, window=problem.window
+        )
+        ptr, col = plan.rows.ptr.numpy(), plan.rows.ids.numpy()
+        batch, heads, rows = plan.rows.mid.shape
+        counts = ptr[..., 1:] - ptr[..., :-1]
+        owner = layout.block_owner
+        classes = 1 if heads == 1 else problem.num_kv_heads
+        found = np.zeros((layout.world_size, classes, layout.num_blocks), bool)
+        at = 0
+        for b in range(batch):
+            for head in range(heads):
+                total = int(counts[b, head].sum())
+                row = np.repeat(np.arange(rows), counts[b, head])
+                kv = 0 if heads == 1 else head * classes // heads
+                found[owner[row], kv, col[at : at + total]] = True
+                at += total
+        found[owner, :, np.arange(layout.num_blocks)] = False
+        if classes > 1 and (found == found[:, :1]).all():
+            found = found[:, :1]
+        self.found, self.classes = found, found.shape[1]
+
+    def of(self, rank: int) -> np.ndarray:
+        return self.found[rank]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens of a buffer to move, in wire order: token and head-class indices, and how many go to each
-    member."""
+    """Blocks of a buffer to move, in wire order: first token, tokens and head class of each, int64, and how
+    many tokens go to each member. `token` and `head` say the same for every token; they are made for a call
+    and not kept.
+    """
 
-    token: Tensor
-    head: Tensor
+    start: Tensor
+    length: Tensor
+    of_class: Tensor
     sizes: list[int]
+
+    @property
+    def token(self) -> Tensor:
+        before = self.length.cumsum(0) - self.length
+        total = sum(self.sizes)
+        offset = (self.start - before).repeat_interleave(self.length, output_size=total)
+        return offset + torch.arange(total, device=self.start.device)
+
+    @property
+    def head(self) -> Tensor:
+        return self.of_class.repeat_interleave(self.length, output_size=sum(self.sizes))
+
+    @property
+    def nbytes(self) -> int:
+        return self.start.nbytes + self.length.nbytes + self.of_class.nbytes
+
+
+def rows_of(problem: Problem, held: list[np.ndarray], wanted: Iterable[np.ndarray]) -> Rows:
+    """Rows of the blocks wanted by (or of) each member, bool [classes, blocks], in a buffer that holds the
+    blocks held[g] of class g.
+    """
+    layout = problem.layout
+    place = np.full((len(held), layout.num_blocks), -1)
+    for g, blocks in enumerate(held):
+        place[g, blocks] = np.arange(len(blocks))
+    starts, lengths, heads, sizes = [], [], [], []
+    for of_member in wanted:
+        head, block = np.nonzero(of_member)
+        tokens = np.minimum(layout.block, layout.num_tokens - block * layout.block)
+        starts.append(place[head, block] * layout.block)
+        lengths.append(tokens)
+        heads.append(head)
+        sizes.append(int(tokens.sum()))
+    columns = (torch.from_numpy(np.concatenate(x)).to(problem.device) for x in (starts, lengths, heads))
+    return Rows(*columns, sizes)
 
 
 class Needed:
@@ -79,49 +178,21 @@ class Needed:
         queries: Chunk,
         kv_channel: Channel,
         grad_channel: Channel,
-        needed: np.ndarray,
+        needed: NeededBlocks,
         pairwise: bool = False,
     ) -> None:
         self.problem, self.queries, self.pairwise = problem, queries, pairwise
         self.kv_channel, self.grad_channel = kv_channel, grad_channel
-        self.needed = needed
-        self.classes = needed.shape[1]
+        self.classes = needed.classes
         self.me = kv_channel.me
-        self.blocks = [np.flatnonzero(needed[self.me, g]) for g in range(self.classes)]
+        mine = needed.of(self.me)
+        self.blocks = [np.flatnonzero(mine[g]) for g in range(self.classes)]
         self.width = max(len(b) for b in self.blocks) * problem.layout.block
-        self.out = self._rows(
-            [np.argwhere(self._wanted(peer, self.me)) for peer in range(kv_channel.size)], own=True
-        )
-        self.into = self._rows(
-            [np.argwhere(self._wanted(self.me, peer)) for peer in range(kv_channel.size)], own=False
-        )
+        owner, peers = problem.layout.block_owner, range(kv_channel.size)
+        at_home = [queries.blocks] * self.classes
+        self.out = rows_of(problem, at_home, (needed.of(peer) & (owner == self.me) for peer in peers))
+        self.into = rows_of(problem, self.blocks, (mine & (owner == peer) for peer in peers))
         self.steps = [make_step(problem, queries, queries), self._remote_step()]
-
-    def _wanted(self, by: int, owner: int) -> np.ndarray:
-        return self.needed[by] & (self.problem.layout.block_owner == owner)[None]
-
-    def _rows(self, pairs: list[np.ndarray], own: bool) -> Rows:
-        """Rows of (head class, block) pairs a member, in the own shard or in the compact buffer."""
-        layout = self.problem.layout
-        place = [np.full(layout.num_blocks, -1) for _ in range(self.classes)]
-        for g in range(self.classes):
-            held = self.queries.blocks if own else self.blocks[g]
-            place[g][held] = np.arange(len(held))
-        tokens, heads, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)], []
-        for of_member in pairs:
-            size = 0
-            for g, block in of_member:
-                length = min(layout.block, layout.num_tokens - block * layout.block)
-                tokens.append(place[g][block] * layout.block + np.arange(length))
-                heads.append(np.full(length, g))
-                size += length
-            sizes.append(size)
-        device = self.problem.device
-        return Rows(
-            torch.from_numpy(np.concatenate(tokens)).to(device),
-            torch.from_numpy(np.concatenate(heads)).to(device),
-            sizes,
-        )
 
     def _remote_step(self) -> Step:
         problem, batch = self.problem, self.problem.batch
@@ -171,13 +242,15 @@ class Needed:
 
     def keys(self, k: Tensor, v: Tensor, traffic: Traffic | None) -> Iterator[tuple[int, Tensor, Tensor]]:
         shapes = [self._grouped(x).shape for x in (k, v)]
-        leaving = [self._grouped(x)[self.out.token, :, self.out.head] for x in (k, v)]
+        token, head = self.out.token, self.out.head
+        leaving = [self._grouped(x)[token, :, head] for x in (k, v)]
         pending = self._move(self.kv_channel, leaving, self.out.sizes, self.into.sizes, traffic)
         yield 0, k, v
         compact = []
+        token, head = self.into.token, self.into.head
         for arrived, shape in zip(pending.wait(), shapes, strict=True):
             buffer = arrived.new_zeros((self.width, *shape[1:]))
-            buffer[self.into.token, :, self.into.head] = arrived
+            buffer[token, :, head] = arrived
             compact.append(self._ungrouped(buffer))
         yield 1, compact[0], compact[1]
 
@@ -240,20 +313,20 @@ class NeededSum:
                 total += part
             return
         plan = self.plan
-        rows = []
-        for x in (dk, dv):
-            rows.append(plan._grouped(x)[plan.into.token, :, plan.into.head].to(self.wire))
+        token, head = plan.into.token, plan.into.head
+        rows = [plan._grouped(x)[token, :, head].to(self.wire) for x in (dk, dv)]
         self.pending = plan._move(plan.grad_channel, rows, plan.into.sizes, plan.out.sizes, self.traffic)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         plan = self.plan
         if self.pending is not None:
+            token, head = plan.out.token, plan.out.head
             for total, arrived in zip(self.sums, self.pending.wait(), strict=True):
                 grouped = plan._grouped(total)
                 at = 0
                 for size in plan.out.sizes:
                     # One member asks for a token of a head at most once: no two rows of a member collide.
-                    place = (plan.out.token[at : at + size], slice(None), plan.out.head[at : at + size])
+                    place = (token[at : at + size], slice(None), head[at : at + size])
                     grouped[place] += arrived[at : at + size]
                     at += size
         return self.sums[0], self.sums[1]

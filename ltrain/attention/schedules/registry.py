@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from ltrain.attention.schedules.all_gather import AllGather
 from ltrain.attention.schedules.base import Exchange, Problem
 from ltrain.attention.schedules.engine import Schedule, TokenSharded
 from ltrain.attention.schedules.halo import halo_blocks
 from ltrain.attention.schedules.hierarchical import Hierarchical
-from ltrain.attention.schedules.needed import Needed, needed_blocks
+from ltrain.attention.schedules.needed import Needed, NeededBlocks, needed_blocks
 from ltrain.attention.schedules.nested_ring import NestedRing
 from ltrain.attention.schedules.nodes import Nodes
 from ltrain.attention.schedules.ring import Ring
@@ -123,7 +121,7 @@ def _halo(problem: Problem, group: Group, node_size: int | None) -> Maker:
     return lambda: _of_blocks(problem, group, blocks, pairwise=True)
 
 
-def _of_blocks(problem: Problem, group: Group, blocks: np.ndarray, pairwise: bool) -> Schedule:
+def _of_blocks(problem: Problem, group: Group, blocks: NeededBlocks, pairwise: bool) -> Schedule:
     queries, _ = problem.chunk([rank_in(group)])
     kv, grad = channel(group, "kv"), channel(group, "grad")
     return _tokens(problem, group, Needed(problem, queries, kv, grad, blocks, pairwise))

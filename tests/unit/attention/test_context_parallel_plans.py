@@ -11,13 +11,13 @@ from ltrain.attention.cost_model import MODELS, Setting, Shapes, needed_token_he
 from ltrain.attention.profile import PROFILES, Profile, device_name
 from ltrain.attention.schedules.base import Problem
 from ltrain.attention.schedules.halo import halo_blocks
-from ltrain.attention.schedules.needed import needed_blocks
+from ltrain.attention.schedules.needed import needed_blocks, rows_of
 from ltrain.attention.schedules.nodes import Nodes
 from ltrain.attention.schedules.ulysses import deal_heads
 from ltrain.attention.work import Entries, Work, balanced_layout, visible_entries
 from ltrain.config.base import ConfigError
 from ltrain.parallel.layout import SequenceLayout
-from ltrain_kernels.block_sparse import BlockIndex, closed
+from ltrain_kernels.block_sparse import BlockIndex, ListIndex, closed
 
 
 def slashes(num_blocks: int, heads: int, density: float, seed: int = 0, near: int = 64) -> Entries:
@@ -158,11 +158,44 @@ def test_head_sharded_strided_context_moves_the_closed_form() -> None:
             first = rank * own
             halo = set(range(max(first - local + 1, 0), first))
             strided = {j for j in range(first) if j % stride == -head % stride}
-            assert set(np.flatnonzero(needed[rank, head])) == halo | strided
-    received = needed.sum((1, 2)) * block * (128 + 128) * 2
+            assert set(np.flatnonzero(needed.of(rank)[head])) == halo | strided
+    received = np.array([needed.of(rank).sum() for rank in range(ranks)]) * block * (128 + 128) * 2
     assert received.max() <= 70e6
     pairs = needed_token_heads(visible_entries(index, layout, heads), layout, heads)
     assert (pairs.sum(1) * 256 * 2).tolist() == received.tolist()
+
+
+@pytest.mark.parametrize("window", [None, 40, 100])
+@pytest.mark.parametrize("kind", ["striped", "zigzag", "contiguous"])
+def test_the_closed_form_of_needed_blocks_is_what_the_entries_say(kind, window) -> None:
+    tokens, block = 1000, 16
+    layout = SequenceLayout(kind, tokens, 5, block)
+    residues = [-h % 3 for h in range(4)]
+    for index in (
+        closed.strided(tokens, block, local=4, stride=3, residues=residues, sinks=2, dense_heads=[1]),
+        closed.strided(tokens, block, local=2, stride=3, residues=residues[:2]),
+        closed.sliding_window(tokens, block, local=3, sinks=1),
+        closed.dense(tokens, block),
+    ):
+        whole = needed_blocks(problem(index, layout, 4, 2, window=window))
+        listed = needed_blocks(problem(index.to_lists(), layout, 4, 2, window=window))
+        assert isinstance(index.to_lists(), ListIndex) and whole.classes >= listed.classes
+        for rank in range(5):
+            want = np.broadcast_to(listed.of(rank), (whole.classes, layout.num_blocks))
+            assert np.array_equal(whole.of(rank), want), (kind, rank)
+
+
+def test_a_plan_of_a_million_tokens_of_strided_context_is_small() -> None:
+    """Index and exchange of S2 at 1M tokens with 8 kv heads: no list of its 134 million entries anywhere."""
+    tokens, ranks, block = 1 << 20, 64, 64
+    index = closed.strided(tokens, block, local=16, stride=8, residues=[-h % 8 for h in range(8)])
+    layout = SequenceLayout("contiguous", tokens, ranks, block)
+    whole = problem(index, layout, 32, 8)
+    mine = needed_blocks(whole).of(ranks - 1)
+    held = [np.flatnonzero(heads) for heads in mine]
+    into = rows_of(whole, held, (mine & (layout.block_owner == peer) for peer in range(ranks)))
+    assert index.nbytes + into.nbytes < 10e6
+    assert sum(into.sizes) == mine.sum() * block == len(into.token) == len(into.head)
 
 
 def test_halo_is_a_small_share_of_the_ring() -> None:
@@ -170,7 +203,8 @@ def test_halo_is_a_small_share_of_the_ring() -> None:
     tokens, ranks = 1 << 20, 64
     layout = SequenceLayout("contiguous", tokens, ranks)
     index = closed.sliding_window(tokens, 128, local=33)
-    moved = halo_blocks(problem(index, layout, window=4096)).sum((1, 2)).max() * 128
+    needed = halo_blocks(problem(index, layout, window=4096))
+    moved = max(needed.of(rank).sum() for rank in range(ranks)) * 128
     ring = (ranks - 1) * tokens // ranks
     assert ring / moved >= 250
 

@@ -177,15 +177,15 @@ def test_nsa_on_shards_gives_the_rows_of_the_whole():
     documents = patterns.base.documents_of(DOCS, T, BLOCK)
     for place in places(layout):
         position = layout.positions(place.rank)
-        sources = {"key": (k, module.key_weight), "value": (v, module.value_weight)}
-        order = iter(sources.values())
 
-        def gather(own, order=order, place=place):
+        def gather(*own, place=place):
             # What an all-gather of the blocks would return; the own part must be what this rank sent.
-            x, weight = next(order)
-            full = module.compressed(x, weight, patterns.base.alone(T, BLOCK), documents)
-            assert torch.equal(full[:, torch.from_numpy(np.asarray(place.blocks))], own)
-            return full
+            whole = []
+            for x, weight, sent in zip((k, v), (module.key_weight, module.value_weight), own, strict=True):
+                full = module.compressed(x, weight, patterns.base.alone(T, BLOCK), documents)
+                assert torch.equal(full[:, torch.from_numpy(np.asarray(place.blocks))], sent)
+                whole.append(full)
+            return tuple(whole)
 
         def attend(own_q, own_k, own_v, index, position=position, place=place):
             rows = index.select(torch.from_numpy(place.blocks), torch.arange(index.num_cols))
@@ -195,5 +195,6 @@ def test_nsa_on_shards_gives_the_rows_of_the_whole():
             )[0]
 
         shards = [layout.shard(x, place.rank, 1) for x in (q, k, v)]
-        out = module(*shards, index, num_tokens=T, doc_ids=DOCS, place=place, attend=attend, gather=gather)
+        call = patterns.base.LayerCall(T, DOCS, place, attend, gather, lambda key, make: make())
+        out = module(*shards, index, call=call)
         torch.testing.assert_close(out, layout.shard(whole, place.rank, 1), rtol=1e-5, atol=1e-6)

@@ -9,14 +9,13 @@ is dense attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltrain.attention.patterns.base import Capabilities, DynamicPattern, Selection, Shape
+from ltrain.attention.patterns.base import Capabilities, DynamicPattern, LayerCall, Selection, Shape
 from ltrain.attention.patterns.documents import Documents, documents_of
 from ltrain.attention.patterns.exchange import Gather, Place, Steps, alone
 from ltrain.attention.patterns.kinds.sliding_window import SlidingWindow
@@ -26,8 +25,6 @@ from ltrain.attention.patterns.verticals import NEVER
 from ltrain.config.base import ConfigError
 from ltrain.config.patterns import NsaFields
 from ltrain_kernels.block_sparse import BlockIndex, block_sparse_attention
-
-Attend = Callable[[Tensor, Tensor, Tensor, BlockIndex], Tensor]
 
 
 class Nsa(NsaFields, DynamicPattern):
@@ -43,6 +40,11 @@ class Nsa(NsaFields, DynamicPattern):
 
     def make_module(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> NsaBranches:
         return NsaBranches(self, num_heads, num_kv_heads, head_dim)
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, call: LayerCall
+    ) -> Tensor:
+        return module(q, k, v, index, call=call)
 
     def steps(
         self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None = None
@@ -98,6 +100,7 @@ class NsaBranches(nn.Module):
     def __init__(self, pattern: Nsa, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.pattern = pattern
+        self.init_std = 0.0
         self.key_weight = nn.Parameter(torch.zeros(num_kv_heads, pattern.compress))
         self.value_weight = nn.Parameter(torch.zeros(num_kv_heads, pattern.compress))
         self.gate_weight = nn.Parameter(torch.zeros(num_heads, head_dim, 3))
@@ -121,43 +124,29 @@ class NsaBranches(nn.Module):
         v: Tensor,
         index: BlockIndex,
         *,
-        num_tokens: int | None = None,
         doc_ids: Tensor | None = None,
-        place: Place | None = None,
-        attend: Attend | None = None,
-        gather: Callable[[Tensor], Tensor] | None = None,
+        call: LayerCall | None = None,
     ) -> Tensor:
         """Gated sum of the branches, [B, T_local, Hq, Dv].
 
-        q [B, T_local, Hq, D], k and v [B, T_local, Hkv, .]: the tokens of `place` (by default the whole
-        sequence). `index` is the selection over the whole sequence, `doc_ids` its documents. On several
-        ranks pass `num_tokens`, `place`, `attend(q, k, v, index) -> out` (the context-parallel attention)
-        and a differentiable `gather(x [B, n, runs, Hkv, D]) -> [B, N, runs, Hkv, D]` of all ranks' blocks
-        in document order.
+        q [B, T_local, Hq, D], k and v [B, T_local, Hkv, .]: the tokens of `call.place` (without `call` the
+        whole sequence, with documents `doc_ids`). `index` is the selection over the whole sequence.
         """
-        block, num_tokens = index.block_q, num_tokens or q.shape[1]
-        place = place or alone(num_tokens, block)
+        block = index.block_q
+        call = call or _alone(q.shape[1], block, doc_ids)
+        place, num_tokens, doc_ids = call.place, call.num_tokens, call.doc_ids
         documents = documents_of(doc_ids, num_tokens, block)
-        position, query_doc = _own_tokens(place, num_tokens, doc_ids, q.device)
-        if attend is None:
-            attend = _local_attention(position, query_doc)
-        window = SlidingWindow(window=self.pattern.window).index(
-            num_tokens=num_tokens,
-            num_kv_heads=k.shape[2],
-            num_heads=q.shape[2],
-            block=block,
-            doc_ids=doc_ids,
-            device=q.device,
+        window, far_index, position, query_doc, key_pos, key_doc = call.cached(
+            "nsa", lambda: self._shared(q, k, block, documents, call)
         )
-        selected, near = attend(q, k, v, index), attend(q, k, v, window)
-        keys = self.compressed(k, self.key_weight, place, documents)
-        values = self.compressed(v, self.value_weight, place, documents)
-        if gather is not None:
-            keys, values = gather(keys), gather(values)
-        key_pos, key_doc = self._compressed_tokens(documents, doc_ids, q.device)
+        selected, near = call.attend(q, k, v, index), call.attend(q, k, v, window)
+        keys, values = call.gather(
+            self.compressed(k, self.key_weight, place, documents),
+            self.compressed(v, self.value_weight, place, documents),
+        )
         far, _ = block_sparse_attention(
-            q, keys.flatten(1, 2), values.flatten(1, 2), self._compressed_index(place, num_tokens, q.device),
-            q_pos=position, k_pos=key_pos, q_doc=query_doc, k_doc=key_doc,
+            q, keys.flatten(1, 2), values.flatten(1, 2), far_index, q_pos=position, k_pos=key_pos,
+            q_doc=query_doc, k_doc=key_doc, window=call.window, scale=call.scale,
         )  # fmt: skip
         gates = (
             q.new_tensor(self.pattern.initial_gates)
@@ -165,6 +154,24 @@ class NsaBranches(nn.Module):
         )
         g_far, g_selected, g_near = gates.unsqueeze(-1).unbind(3)
         return g_far * far + g_selected * selected + g_near * near
+
+    def _shared(
+        self, q: Tensor, k: Tensor, block: int, documents: list[Documents], call: LayerCall
+    ) -> tuple[BlockIndex, BlockIndex, Tensor, Tensor | None, Tensor, Tensor | None]:
+        """What does not depend on the layer: indices of the window and compressed branches, and positions and
+        documents of own tokens and of all compressed keys.
+        """
+        window = SlidingWindow(window=self.pattern.window).index(
+            num_tokens=call.num_tokens,
+            num_kv_heads=k.shape[2],
+            num_heads=q.shape[2],
+            block=block,
+            doc_ids=call.doc_ids,
+            device=q.device,
+        )
+        far = self._compressed_index(call.place, call.num_tokens, q.device)
+        position, query_doc = _own_tokens(call.place, call.num_tokens, call.doc_ids, q.device)
+        return window, far, position, query_doc, *self._compressed_tokens(documents, call.doc_ids, q.device)
 
     def _compressed_tokens(
         self, documents: list[Documents], doc_ids: Tensor | None, device: torch.device
@@ -202,10 +209,15 @@ def _own_tokens(
     return position.to(torch.int32), docs
 
 
-def _local_attention(position: Tensor, docs: Tensor | None) -> Attend:
+def _alone(num_tokens: int, block: int, doc_ids: Tensor | None) -> LayerCall:
+    """The call of a process that holds the whole sequence."""
+
     def attend(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> Tensor:
+        position, docs = _own_tokens(alone(num_tokens, block), num_tokens, doc_ids, q.device)
         return block_sparse_attention(q, k, v, index, q_pos=position, k_pos=position, q_doc=docs, k_doc=docs)[
             0
         ]
 
-    return attend
+    return LayerCall(
+        num_tokens, doc_ids, alone(num_tokens, block), attend, lambda x, y: (x, y), lambda key, make: make()
+    )

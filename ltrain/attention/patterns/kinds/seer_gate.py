@@ -31,8 +31,9 @@ class BlockGate(nn.Module):
     def __init__(self, num_kv_heads: int, head_dim: int, gate_dim: int) -> None:
         super().__init__()
         shape = (num_kv_heads, 3 * head_dim, gate_dim)
-        self.query = nn.Parameter(torch.randn(shape) * (3 * head_dim) ** -0.5)
-        self.key = nn.Parameter(torch.randn(shape) * (3 * head_dim) ** -0.5)
+        self.init_std = (3 * head_dim) ** -0.5
+        self.query = nn.Parameter(torch.randn(shape) * self.init_std)
+        self.key = nn.Parameter(torch.randn(shape) * self.init_std)
 
     def project(self, features: Tensor, weight: Tensor) -> Tensor:
         return torch.einsum("nbhf,hfg->bhng", features.to(weight.dtype), weight)
@@ -80,6 +81,10 @@ class SeerGate(SeerGateFields, DynamicPattern):
                 rows[i, b, :, low : row + 1] = keep_top_k(score, forced, self.top_k)
         packed = yield Gather(pack_bits(rows.flatten(1, 2)), place.block_owner)
         return Selection(from_bits(packed, batch, heads, shape.block))
+
+    def lesson(self, q: Tensor, k: Tensor, shape: Shape, place: Place, step: int) -> Steps:
+        rows = self.target_blocks(shape.documents[0].num_blocks, step)
+        return self.distillation_steps(q, k, shape, place, rows)
 
     def target_blocks(self, num_blocks: int, step: int) -> np.ndarray:
         """Query blocks for the loss of `step`: `target_rows` spread over the sequence, shifted from step to
