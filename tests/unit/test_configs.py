@@ -65,6 +65,13 @@ def test_a_shipped_config_passes_check(path, tmp_path, capsys):
     if tree["model"]["kind"] == "hf":
         folder = _sparse_model(tmp_path / "model", PUBLISHED.get(path.stem, SMALL))
         overrides += ["--model.path", str(folder)]
+    # Corpora are not shipped either: `check` reads a small one in their place.
+    load_config(path)
+    if any(source.get("path") != "stdlib" for source in tree["data"]["sources"]):
+        (tmp_path / "text").mkdir()
+        (tmp_path / "text" / "one.txt").write_text("a document " * 40)
+        overrides += ["--data.sources", f"[{{kind: text_tree, path: {tmp_path / 'text'}}}]"]
+        overrides += ["--data.cache", str(tmp_path / "cache")]
     degrees = tree.get("parallel", {})
     world = (
         degrees.get("context", {}).get("degree", 1) * degrees.get("tensor", 1) * degrees.get("pipeline", 1)
