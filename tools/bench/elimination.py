@@ -4,8 +4,8 @@
 
 One process trains a small model on one sequence, dense and with half of its layers sparse, by turns. The
 prediction is the quotient of executed FLOPs (`ltrain.model.flops`), in which scoring isn't counted; 1.0 means
-that elimination saves all the time that its arithmetic allows. Times are (wall, processor) seconds: on a machine
-that others use too, take one thread (OMP_NUM_THREADS=1) and the latter.
+that elimination saves all the time that its arithmetic allows. Times are (wall, processor) seconds: on a
+machine that others use too, take one thread (OMP_NUM_THREADS=1) and the latter.
 """
 
 from __future__ import annotations
