@@ -91,15 +91,12 @@ def cost_of(spec: ModelSpec, config: RunConfig, mode: str, name: str) -> Callabl
     element = 2 if config.train.dtype == "bf16" else 4
 
     def nbytes(ratios: Sequence[float]) -> float:
-        from ltrain.model.memory import saved_bytes
-
-        total = 0.0
-        for ratio in ratios:
-            if mode == "layer":
-                total += ratio * saved_bytes(spec, config.memory.level, element).total
-            else:
-                total += saved_bytes(spec, config.memory.level, element, kept=ratio).total
-        return total
+        # The residual before either half, q, k, v, out and LSE, and gate and up where they are saved.
+        attention = element * (spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size) + 4 * spec.num_heads
+        mlp = element * spec.hidden_size
+        if config.memory.level == "norms":
+            mlp += 2 * element * spec.ffn_hidden_size
+        return sum(r * attention + (r if mode == "layer" else 1.0) * mlp for r in ratios)
 
     def flops(ratios: Sequence[float]) -> float:
         power = 1 if mode == "q" else 2
@@ -127,4 +124,7 @@ def _checked(
     if section.mode == "q" and name == "bytes":
         rule = "can't be met by mode q, which saves as many bytes as dense"
         raise ConfigError(option, target, rule, "give --target-flops")
+    if name == "bytes" and config.memory.level not in ("norms", "mlp"):
+        rule = "needs a level at which sparse layers save less by a known formula"
+        raise ConfigError("memory.level", config.memory.level, rule, "set memory.level to norms or mlp")
     return section, target, name
