@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -92,7 +93,7 @@ class Watch:
             "step": step,
             "phase": phase,
             "for_s": round(now - self._since, 1),
-            "collectives": sum(group._get_sequence_number_for_group() for group in list(c10d._world.pg_map)),
+            "collectives": _collectives(),
             "at": place,
             "waits": waits,
         }
@@ -142,6 +143,15 @@ class Watch:
         return f" Stacks and the last collectives: {self.folder}"
 
 
+def _collectives() -> int:
+    """Collectives that this rank has begun, over its groups that count them."""
+    total = 0
+    for group in list(c10d._world.pg_map):
+        with contextlib.suppress(RuntimeError):  # groups that this rank is no member of have no count
+            total += group._get_sequence_number_for_group()
+    return total
+
+
 def _place(frame: FrameType | None) -> tuple[str, bool]:
     """Where a thread is, as `file:line function` of the innermost frame outside libraries that wait for other
     ranks, and whether it waits.
@@ -151,7 +161,8 @@ def _place(frame: FrameType | None) -> tuple[str, bool]:
         if frame is None:
             break
         name = frame.f_code.co_filename
-        if not any(part in name for part in _WAITING):
+        ours = name == __file__ or name == contextlib.__file__
+        if not ours and not any(part in name for part in _WAITING):
             return f"{Path(name).name}:{frame.f_lineno} {frame.f_code.co_name}", waits
         waits = waits or depth < _FRAMES
         frame = frame.f_back

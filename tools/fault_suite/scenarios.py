@@ -87,7 +87,10 @@ KILLS = (
         must=f"three restarts, at most {3 * EVERY} steps again",
     ),
     _killed(
-        "kill-tokenise", "while the data cache is written", _kill("tokenise", 0, nth=20), most_repeated=0
+        "kill-tokenise",
+        "while the data cache is written",
+        ({"point": "tokenise", "nth": 20, "action": "kill"},),
+        most_repeated=0,
     ),
     _killed(
         "kill-checkpoint-begin", "before a checkpoint's folder exists", _kill("checkpoint_begin", 0, nth=2)
@@ -322,7 +325,7 @@ TIME = (
         ({"point": "forward", "rank": 1, "step": 5, "action": "signal", "signal": "SIGSTOP"},),
         ("--train.timeout_s", "8"),
         most_repeated=EVERY,
-        says=("rank 1 (process", "is silent, dead or stopped: last seen in step 5, forward"),
+        says=("rank 1 (process", "is silent, dead or stopped: last seen in step"),
     ),
     Scenario(
         "hung-rank",

@@ -56,7 +56,9 @@ class Injector:
         if not here:
             return False
         try:
-            os.close(os.open(self.folder / f"fired-{fault['id']}", os.O_CREAT | os.O_EXCL))
+            # A fault without a rank happens once on each, as what all ranks compute alike does.
+            name = f"fired-{fault['id']}" + ("" if "rank" in fault else f"-{self.rank}")
+            os.close(os.open(self.folder / name, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
         return True
