@@ -72,7 +72,6 @@ def run(scenario: Scenario, out: Path) -> dict[str, Any]:
         "codes": [outcome.code for outcome in job.outcomes],
         "restarts": job.starts() - len(job.outcomes),
         "repeated": repeated(job, first),
-        "recovery_s": job.recovery_s(),
         "seconds": round(sum(outcome.seconds for outcome in job.outcomes), 1),
         "equal": scenario.equal and not problems,
         "problems": problems,
@@ -121,16 +120,15 @@ def judge(scenario: Scenario, job: Job, target: dict[str, Any]) -> list[str]:
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| fault | must cost | exit codes | restarts | steps again | back at work after | end of the run |",
-        "|---|---|---|---|---|---|---|",
+        "| fault | must cost | exit codes | restarts | steps again | end of the run |",
+        "|---|---|---|---|---|---|",
     ]
     expected = {scenario.name: scenario for scenario in SCENARIOS}
     for r in results:
-        after = f"{r['recovery_s']:.1f} s" if r["recovery_s"] is not None and r["restarts"] else "-"
         end = "bitwise equal" if expected[r["name"]].equal else "as it must be"
         end = f"**FAILED**: {'; '.join(r['problems'])}" if r["problems"] else end
         codes = ", ".join(map(str, r["codes"]))
-        row = (r["kind"], r["must"], codes, max(r["restarts"], 0), r["repeated"], after, end)
+        row = (r["kind"], r["must"], codes, max(r["restarts"], 0), r["repeated"], end)
         lines.append("| " + " | ".join(map(str, row)) + " |")
     failed = sum(bool(r["problems"]) for r in results)
     lines.append(f"\n{len(results)} faults, {failed} not as they must be.")

@@ -162,12 +162,6 @@ class Job:
         path = self.folder / f"steps-{rank}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def recovery_s(self) -> float | None:
-        """Seconds from the last fault to the next completed step of rank 0."""
-        fired = [p.stat().st_mtime for p in self.folder.glob("fired-*")]
-        after = [e["time"] for e in self._records(0) if "step" in e and fired and e["time"] > max(fired)]
-        return round(after[0] - max(fired), 1) if after else None
-
     def orphans(self) -> list[int]:
         """Processes of this job that still live."""
         found = []
