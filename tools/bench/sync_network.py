@@ -173,21 +173,21 @@ def measure(args: argparse.Namespace, scenario: str, method: str, start: Path, f
 
 
 def cell(found: dict[tuple[str, str], dict[str, Any]], scenario: str, method: str) -> str:
-    """Time to the target, or what is computed where the target was not reached within the limit."""
+    """Time to the target; in italics what is computed where it was not reached within the limit."""
     result = found.get((scenario, method))
     if result is None or not result["rows"]:
         return "not measured"
     last = result["rows"][-1]
     if last["loss"] <= result["target"]:
         return f"{last['s']:.1f} s ({last['step']} steps, {last['bytes'] / 1e6:.1f} MB)"
-    # Every-step training takes the same steps over any link.
+    # With a fixed H the steps to the target do not depend on the links.
     reached = [r["rows"][-1] for (_, m), r in found.items() if m == method and r["rows"]]
     steps = [row["step"] for row in reached if row["loss"] <= result["target"]]
-    if method != "every_step" or not steps:
+    if method == "adaptive" or not steps:
         return f"not within {result['limit_s']:.0f} s"
     seconds = last["s"] / last["step"] * steps[0]
     nbytes = last["bytes"] / last["step"] * steps[0] / 1e6
-    return f"*{seconds:.0f} s* ({steps[0]} steps, {nbytes:.0f} MB; computed from {last['step']} steps)"
+    return f"*{seconds:.0f} s* ({steps[0]} steps, {nbytes:.1f} MB; computed from {last['step']} steps)"
 
 
 def report(folder: Path) -> None:

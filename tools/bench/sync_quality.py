@@ -207,9 +207,16 @@ def arms(h: int, scratch_h: int) -> list[Arm]:
         Arm("sparse-k64-noef", "SparseLoCo k=64, no error feedback", sparse(error_decay=0.0)),
         Arm("sparse-k64-2h", f"SparseLoCo k=64, H={2 * h}", sparse(steps=2 * h)),
         Arm("sparse-k64-delayed", "SparseLoCo k=64, delayed update", sparse(overlap="delayed")),
-        Arm("dp-2lr", "every step, twice the learning rate", lr_factor=2.0),
-        Arm("sparse-k64-2lr", "SparseLoCo k=64, twice the learning rate", sparse(), lr_factor=2.0),
     ]
+    # Whether the order holds with each method at its own best rate.
+    for factor, times in ((2, "twice"), (4, "4 times")):
+        found += [
+            Arm(f"dp-{factor}lr", f"every step, {times} the learning rate", lr_factor=factor),
+            Arm(f"sparse-k64-{factor}lr", f"SparseLoCo k=64, {times} the learning rate", sparse(),
+                lr_factor=factor),
+            Arm(f"diloco-published-{factor}lr", f"DiLoCo, published, {times} the learning rate",
+                DiLoCo(steps_per_round=h), lr_factor=factor),
+        ]  # fmt: skip
     slow = sparse(steps=scratch_h)
     scratch = [
         Arm("s-dp", "every step (data parallel)"),

@@ -1,11 +1,12 @@
 """Tables and curves from the folder of JSON files that sync_quality.py writes.
 
-python tools/bench/sync_quality_report.py DIR [--figure docs/images/sync_quality.png]
+python tools/bench/sync_quality_report.py DIR [--figure docs/images/sync_quality.png] [--csv FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import statistics
 from collections import defaultdict
@@ -53,6 +54,20 @@ def table(arms: dict[str, Rows], kind: str, order: list[str]) -> list[str]:
     return lines
 
 
+def write_csv(arms: dict[str, Rows], path: Path) -> None:
+    """A line an arm and seed, with the held-out loss at every evaluation."""
+    with path.open("w", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(["start", "arm", "seed", "loss_at_start", "final_loss", "bytes_up", "cpu_s", "curve"])
+        for key, rows in sorted(arms.items()):
+            for seed, row in sorted(rows.items()):
+                curve = " ".join(f"{loss:.4f}" for loss in row["curve"])
+                losses = f"{row['start']:.4f}", f"{row['curve'][-1]:.4f}"
+                out.writerow(
+                    [row["start_kind"], key, seed, *losses, row["bytes_up"], f"{row['cpu_s']:.0f}", curve]
+                )
+
+
 def draw(arms: dict[str, Rows], path: Path) -> None:
     import matplotlib
 
@@ -89,6 +104,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--figure", type=Path, default=Path("docs/images/sync_quality.png"))
+    parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     arms = read(args.folder)
     for kind, reference in REFERENCES.items():
@@ -102,6 +118,8 @@ def main() -> None:
     every = [row for rows in arms.values() for row in rows.values()]
     print(f"\n{len(every)} arms, {sum(row['cpu_s'] for row in every) / 60:.1f} core-minutes")
     draw(arms, args.figure)
+    if args.csv:
+        write_csv(arms, args.csv)
 
 
 if __name__ == "__main__":
