@@ -119,10 +119,11 @@ def work(args: argparse.Namespace) -> None:
         report = sync.after_step(step)
         if report is not None and report.reason:
             reason = report.reason
-        # Between rounds a replica's own weights say nothing about the run.
-        due = report is not None if isinstance(sync, RoundSync) else step + 1 >= check_at
         elapsed = time.perf_counter() - began
-        if index == 0 and (due or elapsed > args.limit_s):
+        # Between rounds a replica's own weights say nothing about the run.
+        rounds = isinstance(sync, RoundSync)
+        due = report is not None if rounds else step + 1 >= check_at or elapsed > args.limit_s
+        if index == 0 and due:
             check_at = step + 11
             loss = quality.evaluate(model, test)
             row = {"step": step + 1, "loss": loss, "s": elapsed, "bytes": tx_bytes() - sent, "reason": reason}
