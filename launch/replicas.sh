@@ -4,7 +4,8 @@
 # One argument a replica: its name, its ranks (1), and what differs from CONFIG, for instance
 #   launch/replicas.sh configs/sync_three_mixed.yaml a b 'slow 2 --parallel.pipeline 2 \
 #     --parallel.stage_links.kind projection --parallel.stage_links.rank 64'
-# The address and the token file are those of CONFIG; a missing token is made. Ends when all replicas have.
+# The address and the token file are those of CONFIG; a missing token is made. Every line says whose it is. Ends
+# when all replicas have, with the exit code of the last that failed.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: launch/replicas.sh CONFIG 'REPLICA [RANKS] [--section.field VALUE ...]' ..." >&2
@@ -54,7 +55,7 @@ for replica in "$@"; do
     ranks=${words[1]} rest=("${words[@]:2}")
   fi
   "$here/local.sh" "$ranks" "$config" --sync.peers.replica "$name" --run.name "$run-$name" "${shared[@]}" \
-    ${rest[@]+"${rest[@]}"} &
+    ${rest[@]+"${rest[@]}"} > >(sed -u "s/^/$name: /") 2>&1 &
   jobs+=($!)
 done
 code=0

@@ -207,10 +207,9 @@ class RoundSync(Replica):
             self.steps_done = 0
             self._send(0.0)
             outcome = self._complete()
-        if outcome is None:
-            return None
+        # Also without a round: projected writers become whole again.
         self.outer.reset_parameters()
-        return self._report(outcome, began)
+        return None if outcome is None else self._report(outcome, began)
 
     def _send(self, step_s: float) -> None:
         payloads = self.outer.contribute()

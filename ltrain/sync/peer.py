@@ -187,10 +187,16 @@ class PeerExchange:
             with self._lock:
                 self._round = round_
                 self._tell("synced", {})
-            return self._catch_up(Snapshot(round_, tensors))
+            outcome = self._catch_up(Snapshot(round_, tensors))
+            if outcome is not None:
+                return outcome
+            start = None
+            time.sleep(0.2 * 2**attempt)
         raise SyncError(f"no state of the run after {_SNAPSHOT_TRIES} tries")
 
-    def _catch_up(self, snapshot: Snapshot) -> Outcome:
+    def _catch_up(self, snapshot: Snapshot) -> Outcome | None:
+        """Follow the records from a fetched state to the open round; None when one of them had come before
+        the state was fetched from a replica that had not applied it yet."""
         outcome, at = Outcome([], snapshot), snapshot.round
         while True:
             message = self._next()
@@ -204,9 +210,7 @@ class PeerExchange:
             elif message.kind == "go":
                 if message.fields["round"] < at:
                     continue
-                if message.fields["round"] > at:
-                    raise SyncError(f"the run is at round {message.fields['round']}, this replica at {at}")
-                return outcome
+                return None if message.fields["round"] > at else outcome
 
     def _fetch_state(self, source: str | None) -> tuple[int, dict[str, Tensor]]:
         rounds, tensors = set(), {}

@@ -81,9 +81,9 @@ class Replicas:
         return report
 
     def finish(self) -> SyncReport | None:
-        """Complete a delayed round, so that all replicas hold the same parameters."""
+        """Complete a round under way, so that all replicas hold the same parameters, projected ones too."""
         report = self.sync.finish()
-        if report is not None:
+        if report is not None or self.links.projects:
             self._write_back(last=True)
         return report
 

@@ -40,6 +40,7 @@ def test_a_killed_replica_rejoins_from_its_checkpoint(lab):
     lab.kill("c")
     lab.wait_round("a", 4)
     lab.job("c", "--step-s", "0.05", "--checkpoint", str(lab.folder / "c"))
+    assert lab.line("c")["resumed"] >= 2
     first = lab.line("c")["round"]
     lab.wait_round("c", first + 1)
     lab.stop_after(first + 8)
