@@ -25,8 +25,10 @@ def test_two_full_replicas_and_one_of_two_stages(lab):
                 "--num-ranks", "2", name=f"pipe{stage}")  # fmt: skip
     results = lab.results()
     _agree(results, range(1, 5))
+    # A quick replica may leave behind the last round, and none before.
+    assert results["full-a"][-2]["metrics"]["sync/peers"] == 3
     last = results["full-a"][-1]["metrics"]
-    assert last["sync/peers"] == 3 and last["sync/included"] == 1
+    assert last["sync/included"] == 1
     assert last["sync/bytes_up"] > 0 and last["sync/residual_norm"] > 0
     stage_bytes = [results[f"pipe{stage}"][-1]["metrics"]["sync/bytes_up"] for stage in (0, 1)]
     assert sum(stage_bytes) < 1.2 * last["sync/bytes_up"]
