@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ltrain.parallel.collectives import Traffic
 from ltrain.parallel.layout import SequenceLayout
+from ltrain_kernels.block_sparse import BlockIndex
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,15 @@ class Excerpt:
     """What a shorter sequence was taken from: `whole`, of which it holds the blocks `blocks`, ascending.
 
     `token_ids` int32 [T] are its tokens' places in the whole sequence: masks by distance go by them.
-    `pair_share` is its part of the whole sequence's visible (query, key) pairs.
+    `pair_share` is its part of the whole sequence's visible (query, key) pairs. `index` is what a pattern
+    that goes by distances has found online in the whole sequence (None: nothing has been searched there).
     """
 
     whole: AttentionContext
     blocks: np.ndarray
     token_ids: Tensor
     pair_share: float
+    index: BlockIndex | None = None
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ltrain.attention.context import AttentionContext
@@ -211,6 +212,30 @@ class CoreAttention(nn.Module):
             "doc_ids": context.doc_ids,
         }
 
+    @torch.no_grad()
+    def search_whole(self, q: Tensor, k: Tensor, context: AttentionContext) -> BlockIndex | None:
+        """What an `Excerpt` of this sequence needs as its `index`: the blocks that a pattern which goes by
+        distances finds in the whole of it, from q [B, T, N, D] and k [B, T, K, D] before rotary embedding.
+        None where this layer's pattern can look at the excerpt itself.
+        """
+        pattern = self.settings.pattern
+        if not self.searches_whole:
+            return None
+        assert context.rope_positions is not None
+        if context.rope_tables is None:
+            context.rope_tables = self.settings.rope.tables(context.rope_positions, device=q.device)
+        q, k = (apply_rope(x, *context.rope_tables) for x in (q, k))
+        index, verticals = self._select(q, k, context)
+        assert verticals is None, f"{pattern.kind} must round its verticals up to blocks"
+        return index
+
+    @property
+    def searches_whole(self) -> bool:
+        """Whether this layer's pattern is found online and goes by distances in the whole sequence."""
+        pattern = self.settings.pattern
+        dense = pattern.is_dense_layer(self.layer, len(self.settings.windows))
+        return pattern.kind == "vertical_slash" and not dense
+
     def _select(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[BlockIndex, Tiles | None]:
         """The blocks to attend over the whole sequence, and single keys beside them where the pattern chooses
         any; equal on all ranks of the group.
@@ -222,7 +247,9 @@ class CoreAttention(nn.Module):
         verticals = None
         dense = pattern.is_dense_layer(self.layer, num_layers)
         excerpt = context.excerpt
-        if pattern.static or dense:
+        if excerpt is not None and excerpt.index is not None and not dense:
+            index = excerpt.index.select(excerpt.blocks, excerpt.blocks)
+        elif pattern.static or dense:
             # A pattern by distance is that of the whole sequence, cut to the blocks at hand.
             cut = excerpt is not None and not dense and pattern.kind != "dense"
             source = excerpt.whole if cut else context

@@ -10,6 +10,7 @@ from ltrain.config.elimination import BlockElimination, EliminationConfig, NoEli
 from ltrain.config.memory import MemorySection
 from ltrain.config.model import ModelConfig
 from ltrain.config.parallel import AttentionSection, ParallelSection
+from ltrain.config.patterns import VerticalSlashFields
 from ltrain.config.planner import MeasuredCost, PlannedAssignment
 from ltrain.config.rope import KeepRope, RopeConfig
 from ltrain.config.stage_links import check_stage_links
@@ -197,13 +198,6 @@ def check_elimination(config: RunConfig, elimination: BlockElimination) -> None:
     """Raise ConfigError where token elimination can't be combined with the rest of the run."""
     parallel = config.parallel
     context, tensor = parallel.context, parallel.tensor
-    if isinstance(parallel.assignment, PlannedAssignment):
-        raise ConfigError(
-            "elimination.kind",
-            elimination.kind,
-            "can't be combined with parallel.assignment.kind=planned: groups of uneven shares cut strata",
-            "take the static assignment",
-        )
     if context.layout == "dealt":
         raise ConfigError(
             "parallel.context.layout",
@@ -236,12 +230,19 @@ def check_elimination(config: RunConfig, elimination: BlockElimination) -> None:
             "use smaller blocks or fewer strata",
         )
     pattern = config.attention.pattern
-    if pattern.kind in ("vertical_slash", "seer_gate", "nsa"):
+    if pattern.kind in ("seer_gate", "nsa"):
         raise ConfigError(
             "attention.pattern.kind",
             pattern.kind,
-            "goes by distances and weights of the whole sequence and can't be combined with elimination",
-            "take dense, sliding_window, s2, longgen, xattention or block_topk",
+            "trains weights on the whole sequence and can't be combined with elimination",
+            "take dense, sliding_window, s2, longgen, vertical_slash, xattention or block_topk",
+        )
+    if isinstance(pattern, VerticalSlashFields) and pattern.verticals != "blocks":
+        raise ConfigError(
+            "attention.pattern.verticals",
+            pattern.verticals,
+            "can't be combined with elimination, which keeps whole blocks",
+            "use blocks",
         )
     if pattern.kind != "dense" and block != context.block:
         raise ConfigError(

@@ -44,15 +44,15 @@ def eliminating(base: type) -> type:
             mode = self.elimination.config.mode
             if mode == "layer":
                 passed, rows = self._open(hidden_states, choice)
-                inner = self.elimination.excerpt(context, choice)
+                inner = self.elimination.excerpt(inputs, choice)
                 rows = self._mlp(self._attention(rows, inner))
                 return self._close(passed, rows, choice), None
             half = {"qkv": self._kept, "q": self._asking, "backward": self._exact_forward}[mode]
-            return self._mlp(half(hidden_states, context, choice)), None
+            return self._mlp(half(hidden_states, inputs, choice)), None
 
-        def _kept(self, x: Tensor, context: AttentionContext, choice: Choice) -> Tensor:
+        def _kept(self, x: Tensor, inputs: LayerInputs, choice: Choice) -> Tensor:
             """Dropped tokens are neither queries nor keys."""
-            inner = self.elimination.excerpt(context, choice)
+            inner = self.elimination.excerpt(inputs, choice)
             norm = self.input_layernorm
             if hasattr(self, "lean_attention") or choice.padding or type(norm).forward is not _RMS_FORWARD:
                 passed, rows = self._open(x, choice)
@@ -62,20 +62,20 @@ def eliminating(base: type) -> type:
             out, bias = self.self_attention(normed, None, packed_seq_params=inner)
             return add_rows(passed, choice.rows, out if bias is None else out + bias)
 
-        def _asking(self, x: Tensor, context: AttentionContext, choice: Choice) -> Tensor:
+        def _asking(self, x: Tensor, inputs: LayerInputs, choice: Choice) -> Tensor:
             """Dropped tokens are keys, not queries: their rows of attention are empty, and so zero."""
-            return self._attention(x, self.elimination.queries_only(context, choice))
+            return self._attention(x, self.elimination.queries_only(inputs.context, choice))
 
-        def _exact_forward(self, x: Tensor, context: AttentionContext, choice: Choice) -> Tensor:
+        def _exact_forward(self, x: Tensor, inputs: LayerInputs, choice: Choice) -> Tensor:
             """The dense half's value; its gradient as if the dropped tokens had been constants, with the
             softmax's normaliser that of all tokens."""
             seen: list[tuple[Tensor, Tensor]] = []
             with torch.no_grad():
-                whole = self.elimination.recorded(context, seen)
+                whole = self.elimination.recorded(inputs.context, seen)
                 value = self._attention(x, whole)
             ((out, lse),) = seen
             given = (out.index_select(1, choice.local_rows), lse.index_select(2, choice.local_rows))
-            inner = self.elimination.excerpt(context, choice, given)
+            inner = self.elimination.excerpt(inputs, choice, given)
             passed, rows = self._open(x, choice)
             return self._close(passed, self._attention(rows, inner), choice, value)
 

@@ -15,6 +15,7 @@ from ltrain.elimination.inputs import LayerInputs
 from ltrain.elimination.scorers import Scorer
 from ltrain.elimination.select import keep_best
 from ltrain.elimination.sequence import BlockedSequence, as_blocks
+from ltrain_kernels.block_sparse import BlockIndex
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +115,14 @@ class Elimination:
         return Choice(sequence, blocks, *as_tensor, padding, real)
 
     def excerpt(
-        self, context: AttentionContext, choice: Choice, given: tuple[Tensor, Tensor] | None = None
+        self, inputs: LayerInputs, choice: Choice, given: tuple[Tensor, Tensor] | None = None
     ) -> AttentionContext:
-        """The sequence of the kept tokens: their layout, and their places and documents in the whole one."""
+        """The sequence of the kept tokens: their layout, and their places and documents in the whole one.
+
+        A pattern that is found online and goes by distances is searched in the whole sequence, which costs
+        the dropped tokens' queries and keys, without gradient.
+        """
+        context = inputs.context
         assert context.rope_positions is not None
         sequence, blocks, local = choice.sequence, choice.blocks, choice.local_rows
         ids = torch.from_numpy(sequence.token_ids(blocks))
@@ -130,11 +136,19 @@ class Elimination:
             rope_positions=context.rope_positions.index_select(0, local),
             doc_ids=None if docs is None else docs.index_select(-1, ids.to(docs.device)),
             rope_tables=None if tables is None else tuple(x.index_select(0, local) for x in tables),
-            excerpt=Excerpt(whole, blocks, ids.to(local.device, torch.int32), pairs),
+            excerpt=Excerpt(whole, blocks, ids.to(local.device, torch.int32), pairs, self._search(inputs)),
             real_rows=choice.real_rows,
             given=given,
             _cache={},
         )
+
+    @torch.no_grad()
+    def _search(self, inputs: LayerInputs) -> BlockIndex | None:
+        core = inputs.attention.core_attention
+        if not core.searches_whole:
+            return None
+        found: BlockIndex | None = core.search_whole(*inputs.queries_and_keys(), inputs.context)
+        return found
 
     def _fine(self, context: AttentionContext, sequence: BlockedSequence) -> AttentionContext:
         """The whole sequence in blocks of elimination; its static indices are shared by the layers."""
