@@ -28,6 +28,7 @@ from ltrain.parallel.linear import (
     row_forward,
     row_vjp,
 )
+from ltrain.parallel.offload import HostCopy, HostStore
 from ltrain.parallel.seam import outside_seam
 
 
@@ -43,13 +44,15 @@ class AttentionHalf:
     """The attention half over the modules of an mcore layer: its input norm and its `SelfAttention`.
 
     The modules stay where they are; this object only computes with them. `core_attention` must be a
-    `CoreAttention`.
+    `CoreAttention`. With a `store` x waits for the backward pass in host memory.
     """
 
-    def __init__(self, norm: nn.Module, attention: Any, *, save_qkv: bool = True) -> None:
+    def __init__(
+        self, norm: nn.Module, attention: Any, *, save_qkv: bool = True, store: HostStore | None = None
+    ) -> None:
         if not isinstance(attention.core_attention, CoreAttention):
             raise TypeError(f"needs CoreAttention, not {type(attention.core_attention).__name__}")
-        self.norm, self.attention, self.save_qkv = norm, attention, save_qkv
+        self.norm, self.attention, self.save_qkv, self.store = norm, attention, save_qkv, store
         self.head_norms = tuple(n for n in (attention.q_layernorm, attention.k_layernorm) if n is not None)
         self.parts = (norm, attention.linear_qkv, *self.head_norms, attention.linear_proj)
 
@@ -64,9 +67,12 @@ class AttentionHalf:
         the sequence of the kept tokens: their layout, original rotary positions and documents.
         """
         parameters = [p for part in self.parts for p in part.parameters()]
-        y, out = _AttentionHalf.apply(x, self, context, rows, *parameters)
-        inputs = (x.detach(), out) if rows is None else (x.detach(), out, rows)
-        return y, Rebuild(inputs, self.add_projection)
+        copy = self.store.put(x.detach()) if self.store is not None and torch.is_grad_enabled() else None
+        y, out = _AttentionHalf.apply(x, self, context, rows, copy, *parameters)
+        chosen = () if rows is None else (rows,)
+        if copy is not None:
+            return y, Rebuild((out, *chosen), lambda *saved: self.add_projection(copy.get(), *saved))
+        return y, Rebuild((x.detach(), out, *chosen), self.add_projection)
 
     def add_projection(self, x: Tensor, out: Tensor, rows: Tensor | None = None) -> Tensor:
         """x + proj(out), at `rows` if given."""
@@ -125,6 +131,7 @@ class _AttentionHalf(torch.autograd.Function):
         half: AttentionHalf,
         context: AttentionContext,
         rows: Tensor | None,
+        copy: HostCopy | None,
         *parameters: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:
         linear = half.attention.linear_qkv
@@ -132,8 +139,8 @@ class _AttentionHalf(torch.autograd.Function):
         qkv = column_forward(linear, normed, column_input(linear, normed))
         out, lse, ctx.decisions = half.attention.core_attention.attend(*half.heads(qkv), context)
         out = out.transpose(0, 1).flatten(2)
-        ctx.half, ctx.context, ctx.parameters = half, context, parameters
-        ctx.save_for_backward(x, qkv if half.save_qkv else None, out, lse, rows)
+        ctx.half, ctx.context, ctx.copy, ctx.parameters = half, context, copy, parameters
+        ctx.save_for_backward(x if copy is None else None, qkv if half.save_qkv else None, out, lse, rows)
         ctx.mark_non_differentiable(out)
         return half.add_projection(x, out, rows), out
 
@@ -141,11 +148,14 @@ class _AttentionHalf(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with outside_seam():
             dx, sums = _backward(ctx, dy)
-        return dx, None, None, None, *sums.take()
+            if ctx.copy is not None:
+                ctx.copy.drop()
+        return dx, None, None, None, None, *sums.take()
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Gradients]:
     x, qkv, out, lse, rows = ctx.saved_tensors
+    x = ctx.copy.get() if x is None else x
     half, sums = ctx.half, Gradients(ctx.parameters)
     linear = half.attention.linear_qkv
     dy_rows = dy if rows is None else dy.index_select(0, rows)

@@ -23,7 +23,7 @@ from ltrain.sync import SyncError, SyncRefused
 from ltrain.train.build import build_run
 from ltrain.train.checkpoint.folder import CheckpointError
 from ltrain.train.checkpoint.manager import CheckpointManager
-from ltrain.train.plan import check_assignment, check_run, write_config
+from ltrain.train.plan import check_assignment, check_device, check_run, write_config
 from ltrain.train.run import Run
 from ltrain.train.signals import die_with_parent
 from ltrain.train.trainer import NonFinite, Trainer
@@ -43,6 +43,7 @@ def train(config: RunConfig) -> int:
     a process group starts.
     """
     die_with_parent()
+    check_device(config)
     plan = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     if int(os.environ.get("RANK", "0")):
         log.setLevel(logging.WARNING)

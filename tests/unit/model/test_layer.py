@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from support.lean import TARGETS, batch, build_lean, loss_and_gradients
+from support.lean import TARGETS, batch, build_lean, loss_and_gradients, run
 from support.models import save_tiny
 
+from ltrain.config.base import ConfigError
 from ltrain.metrics.saved import SavedBytes
 from ltrain.model.families import read_spec
 from ltrain.parallel.mesh import init_mesh, init_process_group
+from ltrain.parallel.offload import HostStore
 
 LEVELS = ("norms", "mlp", "full")
 CASES = {
@@ -85,3 +87,66 @@ def test_an_attention_half_over_some_rows(level, mesh, tmp_path):
             assert (have - expected).norm() <= 1e-10 * expected.norm()
     dropped = torch.ones(160, dtype=torch.bool).index_fill(0, rows, False)
     assert torch.equal(y[dropped], x[dropped]) and torch.equal(gradients[0][dropped], dy[dropped])
+
+
+class _LateCopies:
+    """Copies that happen as late as they may: a wait that is missing, or a buffer used too early, shows."""
+
+    def __init__(self):
+        self.queue, self.fetched, self.buffers = [], 0, 0
+
+    def buffer(self, like):
+        self.buffers += 1
+        return torch.full_like(like, torch.nan)
+
+    def out(self, host, x):
+        self.queue.append((host, x.clone()))
+
+    def back(self, host):
+        self.fetched += 1
+        x = torch.full_like(host, torch.nan)
+        self.queue.append((x, host))
+        return x, len(self.queue)
+
+    def wait(self, x, ticket):
+        for target, source in self.queue:
+            target.copy_(source)
+        self.queue.clear()
+
+
+def test_offloaded_residuals_come_back_one_layer_ahead(mesh, tmp_path):
+    spec = _spec(tmp_path, "llama")
+    wanted = loss_and_gradients(build_lean(tmp_path, spec, mesh, "full"), *batch(mesh))
+    model = build_lean(tmp_path, spec, mesh, "full")
+    engine = _LateCopies()
+    store = HostStore(engine)
+    ahead = []
+    for layer in model.decoder.layers:
+        layer.lean_attention.store = store
+        layer.lean_mlp.norm.register_forward_pre_hook(lambda *_: ahead.append(engine.fetched))
+    for _ in range(2):
+        loss, gradients = loss_and_gradients(model, *batch(mesh))
+        assert loss == wanted[0] and not engine.queue
+        assert all(torch.equal(gradients[name], value) for name, value in wanted[1].items())
+    assert engine.fetched == 2 * 2 and engine.buffers == 2, "each residual once, in buffers used again"
+    assert 1 not in ahead, "the first layer's residual is under way before the second layer works"
+    with torch.no_grad():
+        run(model, *batch(mesh))
+    assert engine.fetched == 4 and engine.buffers == 2, "evaluation moves nothing"
+
+
+def test_attention_modules_of_others_are_refused(mesh, tmp_path):
+    from support.models import build
+
+    with pytest.raises(TypeError, match="needs CoreAttention, not DenseAttention"):
+        build(_spec(tmp_path, "llama"), mesh, memory_level="mlp")
+
+
+def test_offload_without_a_gpu_is_refused(tmp_path):
+    from support.tiny import tiny_tree
+
+    from ltrain.config.load import validate
+    from ltrain.train.plan import check_device
+
+    with pytest.raises(ConfigError, match=r"memory\.level='offload' needs a GPU"):
+        check_device(validate(tiny_tree(tmp_path, memory__level="offload")))
