@@ -208,18 +208,19 @@ def tile_tokens(hidden_size: int) -> int:
 
 
 def workspace_bytes(spec: ModelSpec, tokens: int, setting: Setting) -> float:
-    """What the larger half of a layer holds in its backward pass beyond saved tensors.
+    """What the larger half of a layer holds in its backward pass beyond saved tensors, within a factor of two.
 
     MLP, for the tokens of a tile: gate and up and their gradient, the activation, its gradient and two
-    products (8 F). Attention: q, k, v rotated and as they were, their gradients in fp32 and in b bytes, and
-    that of the output. Both: the norm and the gradients of the residual (4 E).
+    products (8 F). Attention: q and k as they were, rotated and grouped, the gradients of the output, of q, k
+    and v and of the projection (6 Q + 5 K), and the kernel's results and sums in fp32 (2 Q + 4 K). Both: the
+    norm and the gradients of the residual (4 E).
     """
     e, q, k, f = spec.hidden_size, spec.q_size, spec.kv_size, spec.ffn_hidden_size
     tile = min(tokens, tile_tokens(e)) if setting.level in ("mlp", "full", "offload") else tokens
     # With `offload` two residuals are on their way back at a time.
     residual = (6 if setting.level == "offload" else 4) * e * setting.element * tokens
     mlp = 8 * f * setting.element * tile
-    attention = (setting.element * (4 * q + 6 * k) + 4 * (q + 2 * k)) * tokens
+    attention = (setting.element * (6 * q + 5 * k) + 4 * (2 * q + 4 * k)) * tokens
     if setting.level in ("full", "offload"):
         attention += setting.element * (q + 2 * k) * tokens
     return (

@@ -94,8 +94,8 @@ def test_the_measured_peak_grows_by_the_formula(variant, mesh, tmp_path):
         growth = peaks[4, level][0] - peaks[2, level][0]
         assert abs(growth - said) <= 0.03 * said, f"{level}: the peak grew by {growth}, formula {said}"
         above = peaks[4, level][0] - peaks[4, level][1]
-        bound = workspace_bytes(spec, 512, Setting(level, bf16=False))
-        assert above <= bound, f"{level}: workspace of {above}, formula {bound}"
+        workspace = workspace_bytes(spec, 512, Setting(level, bf16=False))
+        assert workspace / 2 <= above <= 2 * workspace, f"{level}: {above} bytes, {workspace} by formula"
     order = [peaks[4, level][0] for level in HERE]
     assert order == sorted(order, reverse=True)
 
