@@ -56,28 +56,18 @@ class AttentionHalf:
         self.head_norms = tuple(n for n in (attention.q_layernorm, attention.k_layernorm) if n is not None)
         self.parts = (norm, attention.linear_qkv, *self.head_norms, attention.linear_proj)
 
-    def __call__(
-        self, x: Tensor, context: AttentionContext, rows: Tensor | None = None
-    ) -> tuple[Tensor, Rebuild]:
-        """(y [S, B, E], how to rebuild y) of x [S, B, E].
-
-        `rows` int64 [kept], ascending, are the tokens of this rank that attention works on, the same number
-        on every tensor-parallel rank: only they are normed, projected and attended, and only their qkv,
-        output and LSE are saved; the other rows of y are those of x, bit for bit. `context` then describes
-        the sequence of the kept tokens: their layout, original rotary positions and documents.
-        """
+    def __call__(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Rebuild]:
+        """(y [S, B, E], how to rebuild y) of x [S, B, E], the tokens that `context` describes."""
         parameters = [p for part in self.parts for p in part.parameters()]
         copy = self.store.put(x.detach()) if self.store is not None and torch.is_grad_enabled() else None
-        y, out = _AttentionHalf.apply(x, self, context, rows, copy, *parameters)
-        chosen = () if rows is None else (rows,)
+        y, out = _AttentionHalf.apply(x, self, context, copy, *parameters)
         if copy is not None:
-            return y, Rebuild((out, *chosen), lambda *saved: self.add_projection(copy.get(), *saved))
-        return y, Rebuild((x.detach(), out, *chosen), self.add_projection)
+            return y, Rebuild((out,), lambda out: self.add_projection(copy.get(), out))
+        return y, Rebuild((x.detach(), out), self.add_projection)
 
-    def add_projection(self, x: Tensor, out: Tensor, rows: Tensor | None = None) -> Tensor:
-        """x + proj(out), at `rows` if given."""
-        projected = row_forward(self.attention.linear_proj, out)
-        return projected.add_(x) if rows is None else x.index_add(0, rows, projected)
+    def add_projection(self, x: Tensor, out: Tensor) -> Tensor:
+        """x + proj(out)."""
+        return row_forward(self.attention.linear_proj, out).add_(x)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, N, D] and k, v [B, T, K, D], heads normed, from the fused projection [T, B, ...].
@@ -130,19 +120,18 @@ class _AttentionHalf(torch.autograd.Function):
         x: Tensor,
         half: AttentionHalf,
         context: AttentionContext,
-        rows: Tensor | None,
         copy: HostCopy | None,
         *parameters: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:
         linear = half.attention.linear_qkv
-        normed = half.norm(x if rows is None else x.index_select(0, rows))
+        normed = half.norm(x)
         qkv = column_forward(linear, normed, column_input(linear, normed))
         out, lse, ctx.decisions = half.attention.core_attention.attend(*half.heads(qkv), context)
         out = out.transpose(0, 1).flatten(2)
         ctx.half, ctx.context, ctx.copy, ctx.parameters = half, context, copy, parameters
-        ctx.save_for_backward(x if copy is None else None, qkv if half.save_qkv else None, out, lse, rows)
+        ctx.save_for_backward(x if copy is None else None, qkv if half.save_qkv else None, out, lse)
         ctx.mark_non_differentiable(out)
-        return half.add_projection(x, out, rows), out
+        return half.add_projection(x, out), out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,17 +139,16 @@ class _AttentionHalf(torch.autograd.Function):
             dx, sums = _backward(ctx, dy)
             if ctx.copy is not None:
                 ctx.copy.drop()
-        return dx, None, None, None, None, *sums.take()
+        return dx, None, None, None, *sums.take()
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Gradients]:
-    x, qkv, out, lse, rows = ctx.saved_tensors
+    x, qkv, out, lse = ctx.saved_tensors
     x = ctx.copy.get() if x is None else x
     half, sums = ctx.half, Gradients(ctx.parameters)
     linear = half.attention.linear_qkv
-    dy_rows = dy if rows is None else dy.index_select(0, rows)
-    dout = row_vjp(half.attention.linear_proj, out, dy_rows, sums)
-    x = (x.detach() if rows is None else x.index_select(0, rows)).requires_grad_()
+    dout = row_vjp(half.attention.linear_proj, out, dy, sums)
+    x = x.detach().requires_grad_()
     with torch.enable_grad():
         normed = half.norm(x)
     n = normed.detach()
@@ -170,8 +158,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Gradients]:
     dqkv = half.vjp(qkv, out, lse, dout, ctx.context, ctx.decisions, sums)
     del qkv, out, dout
     dnormed = column_vjp(linear, n, whole, dqkv, sums)
-    dx = norm_vjp(half.norm, x, normed, dnormed, sums)
-    return (dx.add_(dy) if rows is None else dy.index_add(0, rows, dx)), sums
+    return norm_vjp(half.norm, x, normed, dnormed, sums).add_(dy), sums
 
 
 def norm_vjp(norm: nn.Module, x: Tensor, normed: Tensor, dnormed: Tensor, sums: Gradients) -> Tensor:

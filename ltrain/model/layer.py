@@ -31,9 +31,7 @@ class LeanTransformerLayer(TransformerLayer):
     """mcore's layer, modules and parameter names unchanged, computed in two halves that save little.
 
     `attention_half(x, context)` gives the residual after attention and how to rebuild it; `mlp_half(x,
-    rebuild)` the layer's output. A replacement of the attention half keeps that signature. One that drops
-    tokens calls `self.lean_attention(x, context_of_kept_tokens, rows)`, which saves kept rows only; one
-    that computes something else builds on `ltrain.parallel.linear` and `AttentionHalf.vjp`.
+    rebuild)` the layer's output. Token elimination calls `lean_attention` on the kept tokens and `mlp_half`.
 
     Needs `CoreAttention`, RMSNorm or any other norm module, SwiGLU and no dropout.
     """

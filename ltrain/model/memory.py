@@ -1,7 +1,7 @@
 """Memory of a run in closed form: parameters, gradients, optimizer state, activations, loss.
 
 Letters of the formulas, all of one layer: E hidden size, Q and K rows of the query and of the key projection,
-F MLP width, N query heads, b bytes of an element, r the share of tokens that attention keeps.
+F MLP width, N query heads, b bytes of an element.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def saved_bytes(
     element: int,
     *,
     kept: float = 1.0,
+    mode: str = "qkv",
     adapter: LoraAdapter | None = None,
     fused_norm: bool = True,
 ) -> LayerBytes:
@@ -53,30 +54,37 @@ def saved_bytes(
     At the levels of our own layer, the same for full fine-tuning and adapters, with or without biases and
     qk-norm:
 
-        norms  b (2 E + r (2 Q + 2 K) + 2 F) + 4 r N
-        mlp    b (2 E + r (2 Q + 2 K)) + 4 r N
-        full   b (E + r Q) + 4 r N
+        norms    b (2 E + 2 Q + 2 K + 2 F) + 4 N
+        mlp      b (2 E + 2 Q + 2 K) + 4 N
+        full     b (E + Q) + 4 N
         offload  as full, b E of it in host memory
 
-    and 8 r for the row numbers where r < 1. `kept` is r. `none` follows mcore's operations; there
-    `adapter` says which linears save no input, and `fused_norm` whether the norm is one operation (on a GPU)
-    or several, which save more (on a CPU). Rotary tables, shared by all layers, and a dynamic pattern's index
-    are not counted.
+    Where token elimination keeps the share `kept` < 1 of the tokens, attention's input, qkv, output and LSE
+    are those of kept tokens (`mode` qkv and backward), the MLP's too (layer), or none is spared (q); the
+    MLP's input is saved at every level, and 8 bytes a kept token for the row numbers.
+
+    `none` follows mcore's operations; there `adapter` says which linears save no input, and `fused_norm`
+    whether the norm is one operation (on a GPU) or several, which save more (on a CPU); `kept` doesn't count.
+    Rotary tables, shared by all layers, and a dynamic pattern's index are not counted.
     """
-    e, q, k, f = spec.hidden_size, spec.q_size, spec.kv_size, spec.ffn_hidden_size
-    rows = kept * (4 * spec.num_heads) + (8 * kept if kept < 1 else 0)
     if level == "none":
-        return _stock_bytes(spec, element, kept, adapter, fused_norm)
-    if level in ("full", "offload"):
-        output, residual = element * kept * q + rows, element * e
-        return LayerBytes(residual, output) if level == "full" else LayerBytes(0, output, host=residual)
-    attention = element * kept * (2 * q + 2 * k) + rows
-    return LayerBytes(element * 2 * e, attention + (element * 2 * f if level == "norms" else 0))
+        return _stock_bytes(spec, element, adapter, fused_norm)
+    e, q, k, f = (element * n for n in (spec.hidden_size, spec.q_size, spec.kv_size, spec.ffn_hidden_size))
+    attended = 1.0 if mode == "q" else kept
+    through_mlp = kept if mode == "layer" else 1.0
+    lean = level in ("norms", "mlp")
+    parallel = attended * ((2 * q + 2 * k if lean else q) + 4 * spec.num_heads)
+    if level == "norms":
+        parallel += through_mlp * 2 * f
+    residual, host = (0.0, attended * e) if level == "offload" else (attended * e, 0.0)
+    if lean or kept < 1:
+        residual += through_mlp * e
+    if kept < 1 and mode != "q":
+        residual += 8 * kept
+    return LayerBytes(residual, parallel, host)
 
 
-def _stock_bytes(
-    spec: ModelSpec, element: int, kept: float, adapter: LoraAdapter | None, fused_norm: bool
-) -> LayerBytes:
+def _stock_bytes(spec: ModelSpec, element: int, adapter: LoraAdapter | None, fused_norm: bool) -> LayerBytes:
     """What mcore's layer saves around our attention.
 
     Both norms' inputs (2 E) and outputs (2 E), the fused projection (Q + 2 K) and the rotated q and k
@@ -87,14 +95,14 @@ def _stock_bytes(
     targets = () if adapter is None else adapter.targets
     needs_input = {name: adapter is None or name in targets for name in ("qkv", "gate_up", "down")}
     trained_norms = adapter is None or any("norm" in pattern for pattern in adapter.also_train)
-    residual = element * e * (kept * needs_input["qkv"] + needs_input["gate_up"])
-    residual += (kept + 1) * _norm_bytes(e, 1, element, fused_norm, trained_norms)
-    parallel = element * (kept * (3 * q + 3 * k) + (4 + needs_input["down"]) * f) + 4 * kept * spec.num_heads
+    residual = element * e * (needs_input["qkv"] + needs_input["gate_up"])
+    residual += 2 * _norm_bytes(e, 1, element, fused_norm, trained_norms)
+    parallel = element * (3 * q + 3 * k + (4 + needs_input["down"]) * f) + 4 * spec.num_heads
     if spec.qk_norm:
         # The key's norm reads the fused projection; the query's reads a copy, saved unless it is upcast.
         heads = spec.num_heads + spec.num_kv_heads
         norms = _norm_bytes(q + k, heads, element, fused_norm, trained_norms)
-        parallel += kept * (norms - (element * k if fused_norm or element == 4 else 0))
+        parallel += norms - (element * k if fused_norm or element == 4 else 0)
     if adapter is not None:
         residual += element * adapter.rank * len(targets)
     return LayerBytes(residual, parallel)
@@ -138,8 +146,8 @@ class Setting:
     """What an estimate depends on beside the model and the tokens.
 
     `shards` ranks share the optimizer state (1 without the distributed optimizer). `trained`: parameters with
-    gradients and optimizer state, None for all. `kept`: one share for each layer of the tokens that its
-    attention keeps; empty for all of them.
+    gradients and optimizer state, None for all. `kept`: one share for each layer of the tokens that token
+    elimination keeps in `mode`; empty without it.
     """
 
     level: MemoryLevel = "none"
@@ -153,6 +161,7 @@ class Setting:
     fused_norm: bool = True
     trained: int | None = None
     kept: Sequence[float] = ()
+    mode: str = "qkv"
 
     @property
     def element(self) -> int:
@@ -171,6 +180,7 @@ def _layer(spec: ModelSpec, setting: Setting, kept: float) -> LayerBytes:
         setting.level,
         setting.element,
         kept=kept,
+        mode=setting.mode,
         adapter=setting.adapter,
         fused_norm=setting.fused_norm,
     )
@@ -208,12 +218,12 @@ def tile_tokens(hidden_size: int) -> int:
 
 
 def workspace_bytes(spec: ModelSpec, tokens: int, setting: Setting) -> float:
-    """What the larger half of a layer holds in its backward pass beyond saved tensors, within a factor of two.
+    """What the larger half of a layer holds in its backward pass beyond saved tensors.
 
-    MLP, for the tokens of a tile: gate and up and their gradient, the activation, its gradient and two
-    products (8 F). Attention: q and k as they were, rotated and grouped, the gradients of the output, of q, k
-    and v and of the projection (6 Q + 5 K), and the kernel's results and sums in fp32 (2 Q + 4 K). Both: the
-    norm and the gradients of the residual (4 E).
+    An estimate, right within a factor of two. MLP, for the tokens of a tile: gate and up and their gradient,
+    the activation, its gradient and two products (8 F). Attention: q and k as they were, rotated and grouped,
+    the gradients of the output, of q, k and v and of the projection (6 Q + 5 K), and the kernel's results and
+    sums in fp32 (2 Q + 4 K). Both: the norm and the gradients of the residual (4 E).
     """
     e, q, k, f = spec.hidden_size, spec.q_size, spec.kv_size, spec.ffn_hidden_size
     tile = min(tokens, tile_tokens(e)) if setting.level in ("mlp", "full", "offload") else tokens

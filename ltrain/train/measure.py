@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class Measure:
             "perf/tflops_per_gpu": tflops,
             "perf/tflops_executed_per_gpu": flops.executed / seconds / world / 1e12,
             "mem/bytes_per_token_layer": bytes_per_token_layer(
-                run.spec, memory_setting(config, run.spec, run.mesh.data.size)
+                run.spec, replace(memory_setting(config, run.spec, run.mesh.data.size), kept=kept, mode=mode)
             ),
             "balance/compute_max_over_mean": compute[0] / compute[1] if compute[1] else 1.0,
             **data.stats,

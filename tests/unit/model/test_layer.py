@@ -6,7 +6,6 @@ from support.lean import TARGETS, batch, build_lean, loss_and_gradients, run
 from support.models import save_tiny
 
 from ltrain.config.base import ConfigError
-from ltrain.metrics.saved import SavedBytes
 from ltrain.model.families import read_spec
 from ltrain.parallel.mesh import init_mesh, init_process_group
 from ltrain.parallel.offload import HostStore
@@ -49,44 +48,6 @@ def test_gradients_are_those_of_the_stock_layer(case, mesh, tmp_path):
         for name, gradient in gradients.items():
             error = (gradient - want[name]).norm() / want[name].norm().clamp_min(1e-30)
             assert error <= 1e-10, f"{level}: {name} differs by {error:.1e}"
-
-
-def _layer(tmp_path, mesh, variant, level, dtype=torch.float64, **options):
-    model = build_lean(tmp_path / variant, _spec(tmp_path, variant), mesh, level, dtype=dtype, **options)
-    return model.decoder.layers[0]
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_an_attention_half_over_some_rows(level, mesh, tmp_path):
-    """Equal to stock modules on the gathered rows; other rows pass by; only kept rows are saved."""
-    layer = _layer(tmp_path, mesh, "qwen3", level)
-    _, _, whole = batch(mesh, num_tokens=160, documents=None)
-    rows = torch.cat([torch.arange(16, 64), torch.arange(112, 128)])
-    _, _, kept = batch(mesh, num_tokens=len(rows), documents=None)
-    kept.rope_positions = whole.rope_positions[rows]
-    generator = torch.Generator().manual_seed(1)
-    x, dy = (torch.randn(160, 1, layer.config.hidden_size, generator=generator).double() for _ in range(2))
-    parameters = list(layer.parameters())
-
-    ours = x.clone().requires_grad_()
-    with SavedBytes(parameters) as saved:
-        y, rebuild = layer.lean_attention(ours, kept, rows)
-    assert torch.equal(rebuild.compute(*rebuild.inputs), y)
-    spec = read_spec(tmp_path / "qwen3")
-    per_row = spec.q_size + spec.num_heads + 1 + (level != "full") * (spec.q_size + 2 * spec.kv_size)
-    assert saved.total == 8 * (160 * spec.hidden_size + len(rows) * per_row), "only x may have all rows"
-    gradients = torch.autograd.grad(y, [ours, *parameters], dy, allow_unused=True)
-
-    stock = x.clone().requires_grad_()
-    out, bias = layer.self_attention(layer.input_layernorm(stock[rows]), None, packed_seq_params=kept)
-    assert bias is None
-    want = torch.autograd.grad(stock.index_add(0, rows, out), [stock, *parameters], dy, allow_unused=True)
-    for have, expected in zip(gradients, want, strict=True):
-        assert (have is None) == (expected is None)
-        if have is not None:
-            assert (have - expected).norm() <= 1e-10 * expected.norm()
-    dropped = torch.ones(160, dtype=torch.bool).index_fill(0, rows, False)
-    assert torch.equal(y[dropped], x[dropped]) and torch.equal(gradients[0][dropped], dy[dropped])
 
 
 class _LateCopies:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.elimination import make_context, make_elimination, make_model
 from support.lean import TARGETS, batch, build_lean, run
 from support.live import LiveBytes
 from support.models import save_tiny
@@ -51,18 +52,24 @@ def test_the_formula_is_what_autograd_saves(variant, mesh, tmp_path):
                 assert x.grad is not None
 
 
-def test_kept_rows_are_what_autograd_saves(mesh, tmp_path):
-    spec = read_spec(save_tiny(tmp_path / "llama", "llama"))
-    rows = torch.arange(16, 80)
-    _, _, context = batch(mesh, num_tokens=len(rows), documents=None)
+@pytest.mark.parametrize("mode", ["qkv", "q", "layer", "backward"])
+def test_the_formula_is_what_a_layer_with_elimination_saves(mode, mesh, tmp_path):
+    scores = torch.arange(9.0).flip(0)
     for level in ("norms", "mlp", "full"):
-        layer = build_lean(tmp_path, spec, mesh, level, dtype=torch.float32).decoder.layers[0]
-        x = torch.randn(TOKENS, 1, spec.hidden_size, requires_grad=True)
+        elimination = make_elimination(scores, mode=mode, ratio=0.4)
+        model = make_model(tmp_path / "llama", mesh, elimination, memory_level=level)
+        layer, context = model.decoder.layers[1].train(), make_context(72)
+        spec = read_spec(tmp_path / "llama")
+        context.rope_tables = spec.rope.tables(context.rope_positions)
+        x = torch.randn(72, 1, spec.hidden_size, dtype=torch.float64, requires_grad=True)
+        choice = elimination.choose(1, layer._inputs(x.detach(), context))
         with SavedBytes([*layer.parameters()]) as saved:
-            y, rebuild = layer.lean_attention(x, context, rows)
-            y = layer.mlp_half(y, rebuild if level == "full" else None)
-        said = saved_bytes(spec, level, 4, kept=len(rows) / TOKENS).total
-        assert saved.total == said * TOKENS, level
+            layer(x, packed_seq_params=context)
+        kept = len(choice.rows)
+        said = saved_bytes(spec, level, 8, kept=kept / 72, mode=mode).total * 72
+        # Statistics are fp64 here.
+        said += 4 * spec.num_heads * (72 if mode == "q" else kept)
+        assert kept < 72 and abs(saved.total - said) < 1, (level, mode)
 
 
 def _peak(folder, spec, mesh, level):
