@@ -13,5 +13,5 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/environment.sh"
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / ranks > 0 ? cores / ranks : 1))}
-exec python -m torch.distributed.run --standalone --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-3}" \
+exec python "$here/elastic.py" --standalone --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-3}" \
   --signals-to-handle SIGTERM,SIGINT,SIGUSR1 "$here/train.py" "$@"

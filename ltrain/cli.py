@@ -113,6 +113,15 @@ def _rendezvous(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _submit(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.submit import Nodes, parse_group, submit
+
+    groups = [parse_group(text) for text in args.group] or [Nodes(args.nodes, args.gpus_per_node)]
+    settings = {name: getattr(args, name) for name in ("time", "partition", "account")}
+    config = _config(args, overrides)
+    return submit(config, groups, dry_run=args.dry_run, settings=settings, template=args.template)
+
+
 def _none(overrides: list[str]) -> None:
     if overrides:
         raise ConfigError("command line", " ".join(overrides), "is not known to this command")
@@ -122,6 +131,21 @@ def _calibrate(args: argparse.Namespace, options: list[str]) -> int:
     from ltrain.attention.calibrate import main as calibrate
 
     return calibrate(options)
+
+
+def _fit_predictor(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.elimination.fit import FitSettings
+    from ltrain.train.elimination import fit_predictor
+
+    settings = FitSettings(args.learning_rate, args.prune_every)
+    return fit_predictor(_config(args, overrides), steps=args.steps, out=args.out, settings=settings)
+
+
+def _calibrate_elimination(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.train.calibrate_elimination import calibrate
+
+    targets = {"target_bytes": args.target_bytes, "target_flops": args.target_flops}
+    return calibrate(_config(args, overrides), rows=args.rows, out=args.out, **targets)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -146,6 +170,19 @@ def parser() -> argparse.ArgumentParser:
     add("train", _train, "Train; under torchrun on all its ranks, alone otherwise.")
     check = add("check", _check, "Say what a run would do, and whether it can, without starting it.")
     check.add_argument("--world-size", type=int, default=1, help="number of ranks to plan for")
+    text = "Check, render and submit a run as a SLURM job; --dry-run stops before sbatch."
+    job = add("submit", _submit, text)
+    job.add_argument("--nodes", type=int, default=1, help="like nodes (default: 1)")
+    job.add_argument("--gpus-per-node", type=int, default=8, help="0: one CPU process a node (default: 8)")
+    help_text = "instead: a group of nodes, given twice for two kinds of hardware in one job"
+    job.add_argument(
+        "--group", action="append", default=[], metavar="NODES:GPUS[:CONSTRAINT]", help=help_text
+    )
+    job.add_argument("--time", default="24:00:00", help="time limit (default: 24:00:00)")
+    job.add_argument("--partition", default=None)
+    job.add_argument("--account", default=None)
+    job.add_argument("--template", type=Path, default=None, help="job script (default: of slurm/)")
+    job.add_argument("--dry-run", action="store_true", help="write script and configuration only")
     export = add("export", _export, "Write a checkpoint of a run as a Hugging Face folder.")
     export.add_argument("--out", type=Path, default=None, help="folder to write (default: RUN/hf)")
     export.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
@@ -186,7 +223,26 @@ def parser() -> argparse.ArgumentParser:
     add("env", _env, "Versions, devices and which kernels are usable and why not.", config=False)
     text = "Measure links and kernels for the choice of schedule; under torchrun on all ranks."
     add("calibrate", _calibrate, text, config=False)
+    text = "Train the learned block scorer of a run's model, which stays frozen."
+    fit = add("fit-predictor", _fit_predictor, text)
+    fit.add_argument("--steps", type=_positive, default=400, help="rows to train on")
+    fit.add_argument("--out", type=Path, default=None, help="folder (default: elimination.scorer.path)")
+    fit.add_argument("--learning-rate", type=float, default=1e-3, help="of AdamW, after 20 warm-up steps")
+    fit.add_argument("--prune-every", type=_positive, default=100, help="steps between prunings")
+    text = "Find each layer's elimination ratio for a budget: least rise of the loss per byte or FLOP."
+    ratios = add("calibrate-elimination", _calibrate_elimination, text)
+    ratios.add_argument("--target-bytes", type=float, help="share of the dense run's saved activation bytes")
+    ratios.add_argument("--target-flops", type=float, help="share of the dense run's FLOPs")
+    ratios.add_argument("--rows", type=_positive, default=8, help="rows of data to measure on")
+    ratios.add_argument("--out", type=Path, default=Path("ratios.json"), help="file for elimination.ratio")
     return top
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ and processor type. Without a compiler the same results come from cpu_torch.py, 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import platform
@@ -133,14 +134,21 @@ def extension_loaded() -> bool:
     from torch.utils import cpp_extension
 
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    name = f"ltrain_block_sparse_{_build_key()}"
     try:
-        cpp_extension.load(
-            name=f"ltrain_block_sparse_{_build_key()}",
-            sources=[str(SOURCE)],
-            extra_cflags=["-O3", native, "-fopenmp", "-fno-math-errno", "-fno-trapping-math", *_wide()],
-            extra_ldflags=["-fopenmp"],
-            is_python_module=False,
-        )
+        folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+        with (folder / "ltrain.lock").open("w") as lock:
+            # PyTorch's own lock is a file that a killed build leaves behind, and every later one waits for.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "lock").unlink(missing_ok=True)
+            cpp_extension.load(
+                name=name,
+                sources=[str(SOURCE)],
+                extra_cflags=["-O3", native, "-fopenmp", "-fno-math-errno", "-fno-trapping-math", *_wide()],
+                extra_ldflags=["-fopenmp"],
+                build_directory=str(folder),
+                is_python_module=False,
+            )
     except Exception as error:
         warnings.warn(
             "the C++ attention kernel could not be built, PyTorch operations are used instead (several times "

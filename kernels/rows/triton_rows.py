@@ -46,15 +46,17 @@ def norm_rows_backward_kernel(
     w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(ROWS):
-        row = program * ROWS + i
-        there = inside & (row < K)
+        # Rows beyond the last are the last one, with nothing of it seen.
+        last = program * ROWS + i
+        row = tl.minimum(last, K - 1)
+        there = at < tl.where(last < K, E, 0)
         g = tl.load(grad + row.to(tl.int64) * E + at, mask=there, other=0.0).to(tl.float32)
-        scale = tl.load(rstd + row, mask=row < K, other=0.0)
+        scale = tl.load(rstd + row)
         hat = tl.load(kept + row.to(tl.int64) * E + at, mask=there, other=0.0).to(tl.float32) * scale
         total += g * hat
         gw = g * w
         d = scale * (gw - hat * (tl.sum(gw * hat, 0) / E))
-        target = dx + tl.load(rows + row, mask=row < K, other=0).to(tl.int64) * E + at
+        target = dx + tl.load(rows + row).to(tl.int64) * E + at
         old = tl.load(target, mask=there, other=0.0).to(tl.float32)
         tl.store(target, (old + d).to(dx.dtype.element_ty), mask=there)
     tl.store(dweight + program.to(tl.int64) * E + at, total, mask=inside)

@@ -104,20 +104,36 @@ def open_source(source: SourceConfig, tokenizer: Tokenizer, cache: Path) -> Toke
         store = TokenStore(source.path)
     else:
         folder = cache / "tokens" / cache_key(source, tokenizer)
-        if not folder.is_dir():
+        store = _whole_store(folder)
+        if store is None:
             try:
                 with _lock(folder):
-                    if not folder.is_dir():
-                        for left_by_a_killed_process in folder.parent.glob(f".{folder.name}-*"):
-                            shutil.rmtree(left_by_a_killed_process)
-                        tokenise(source, tokenizer, folder)
+                    store = _whole_store(folder) or _tokenise_anew(source, tokenizer, folder)
             except OSError as error:
                 raise ConfigError(
                     "data.cache", str(cache), f"cannot be written: {error.strerror}", "name another folder"
                 ) from None
-        store = TokenStore(folder)
     store.check_tokenizer(tokenizer)
     return store
+
+
+def _whole_store(folder: Path) -> TokenStore | None:
+    """The cached store; None where there is none, or a damaged one."""
+    try:
+        return TokenStore(folder) if folder.is_dir() else None
+    except ConfigError:
+        return None
+
+
+def _tokenise_anew(source: TextSource, tokenizer: Tokenizer, folder: Path) -> TokenStore:
+    """Write the cached store, under its lock, in place of what killed or damaged writes left there."""
+    if folder.is_dir():
+        log.warning("the data cache %s is damaged and is made again", folder)
+        shutil.rmtree(folder)
+    for left_by_a_killed_process in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(left_by_a_killed_process)
+    tokenise(source, tokenizer, folder)
+    return TokenStore(folder)
 
 
 @contextmanager

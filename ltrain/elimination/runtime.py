@@ -91,7 +91,8 @@ class Elimination:
                 # Ranks compute the same scores; a choice that differs by a rounding would hang the exchange.
                 dist.broadcast(kept, dist.get_global_rank(group, 0), group=group)
         seen = torch.from_numpy(quotas.cell >= 0).to(scores.device)
-        mass = scores[kept].sum() / scores[seen].sum().clamp(min=1e-30)
+        positive = scores.clamp(min=0)
+        mass = positive[kept].sum() / positive[seen].sum().clamp(min=1e-30)
         share = sequence.num_tokens_of(as_blocks(kept)) / max(sequence.layout.num_tokens, 1)
         context.eliminated[layer] = (share, mass)
         return self._rows(as_blocks(kept), inputs)

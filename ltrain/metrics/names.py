@@ -42,13 +42,16 @@ METRICS = _table(
     perf/tflops_executed_per_gpu | TFLOP/s | last | FLOPs really executed, recomputation and sparsity counted
     time/data_s | s | max | waiting for the loader
     time/plan_s | s | max | waiting for the plan of a step
-    time/forward_backward_s | s | max | forward and backward of all micro-batches
+    time/forward_backward_s | s | max | forward and backward of all micro-batches, without gradient reduction
+    time/forward_s | s | max | forward of all micro-batches, without the wait for other pipeline stages
+    time/backward_s | s | max | backward of all micro-batches, without the wait for other pipeline stages
     time/attention_s | s | max | attention inside forward and backward
     time/attention_comm_s | s | max | waiting for attention's exchange
     time/grad_sync_s | s | max | gradient reduction
     time/optimizer_s | s | max | optimizer step
     time/sync_s | s | max | low-bandwidth outer round
     time/checkpoint_s | s | max | training blocked by checkpoints
+    time/evaluation_s | s | max | held-out evaluation since the last record, outside the step
     mem/max_allocated_gib | GiB | max | peak of device memory (host memory without a GPU)
     mem/max_reserved_gib | GiB | max | peak reserved by the caching allocator
     mem/host_gib | GiB | max | resident memory of the process
@@ -64,7 +67,8 @@ METRICS = _table(
     balance/lp_predicted_over_measured | 1 | last | planned over measured time of forward and backward
     balance/plan_gap | 1 | last | planned time over its proven lower bound, less 1
     balance/plan_micro_batches | 1 | last | micro-batches of the plan
-    balance/straggler_rank | rank | last | slowest rank over the last window (-1: none stands out)
+    balance/slowest_rank | rank | last | rank with the longest time of its own in the step
+    balance/straggler_rank | rank | last | rank far slower than the fastest for 60 steps (-1: none)
     comm/bytes_intra_node | B | sum | attention exchange inside nodes, sent
     comm/bytes_inter_node | B | sum | attention exchange between nodes, sent
     sparse/density | 1 | mean | attended share of the causal area

@@ -6,11 +6,13 @@ record that reports are made from.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +31,12 @@ class JsonLines:
     """Appends one JSON object a line: `step`, `time` (Unix seconds) and the metrics. Non-finite values are
     null.
 
-    A resumed run cuts lines after the step that it resumes from, so that no step stands twice.
+    A resumed run cuts lines after the step that it resumes from, so that no step stands twice. What a full
+    disk doesn't take is kept, up to `MAX_WAITING` lines, and written when there is room again; a line never
+    stands there in part. `time` goes on from the first line of this process by a clock that can't be set.
     """
+
+    MAX_WAITING = 10_000
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         self.path = path
@@ -41,16 +47,37 @@ class JsonLines:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept) or json.dumps({"schema": SCHEMA_VERSION}) + "\n")
         temporary.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._waiting: deque[bytes] = deque(maxlen=self.MAX_WAITING)
+        self._began = time.time() - time.monotonic()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.append(step, {k: (v if math.isfinite(v) else None) for k, v in metrics.items()})
 
     def append(self, step: int, values: dict[str, Any]) -> None:
         """Write a record of any JSON values."""
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        now = round(self._began + time.monotonic(), 3)
+        self._waiting.append((json.dumps({"step": step, "time": now, **values}) + "\n").encode())
+        self._flush()
+
+    def _flush(self) -> None:
+        end = os.fstat(self._file.fileno()).st_size
+        data = b"".join(self._waiting)
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), end)
+            if len(self._waiting) == 1:
+                log.warning("%s: %s; lines are kept until there is room", self.path, error.strerror)
+        else:
+            self._waiting.clear()
 
     def close(self) -> None:
+        if self._waiting:
+            self._flush()
+        if self._waiting:
+            log.warning("%s lacks the last %d lines: the disk is full", self.path, len(self._waiting))
         self._file.close()
 
 
@@ -58,13 +85,13 @@ def _lines_until(path: Path, step: int) -> list[str]:
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # the last line of a killed run may be cut
-        if record.get("step", 0) <= step:
-            kept.append(line)
+            continue  # the end of a killed run's file may be cut
+        if isinstance(record, dict) and record.get("step", 0) <= step:
+            kept.append(line + "\n")
     return kept
 
 

@@ -12,13 +12,10 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from ltrain.attention import patterns
 from ltrain.attention.module import AttentionSettings, CoreAttention
-from ltrain.config.elimination import BlockElimination
 from ltrain.config.model import LoraAdapter
 from ltrain.config.planner import PlannedAssignment
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Loader, held_out_rows, open_corpus
-from ltrain.elimination import scorers
-from ltrain.elimination.ratios import resolve_ratios
 from ltrain.elimination.runtime import Elimination
 from ltrain.model.build import build_model
 from ltrain.model.freeze import freeze_parameters
@@ -31,6 +28,7 @@ from ltrain.parallel.mesh import Mesh, init_mesh
 from ltrain.train.assignment import Assignment, StaticAssignment
 from ltrain.train.batch import MicroBatch
 from ltrain.train.checkpoint.manager import CheckpointManager
+from ltrain.train.elimination import build_elimination
 from ltrain.train.evaluate import position_buckets
 from ltrain.train.optimizer import build_optimizer
 from ltrain.train.plan import check_run, longest_part, run_folder
@@ -124,21 +122,6 @@ def build_run(config: RunConfig) -> Run:
         links=links,
         replicas=replicas,
         elimination=elimination,
-    )
-
-
-def build_elimination(config: RunConfig, spec: ModelSpec) -> Elimination | None:
-    """Token elimination of the run, if it has any."""
-    section = config.elimination
-    if not isinstance(section, BlockElimination):
-        return None
-    return Elimination(
-        section,
-        resolve_ratios(section, spec.num_layers),
-        scorers.from_config(section.scorer),
-        block=section.block or config.parallel.context.block,
-        steps=config.train.steps,
-        seed=config.run.seed,
     )
 
 

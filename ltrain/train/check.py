@@ -11,6 +11,7 @@ from ltrain.config.base import ConfigError
 from ltrain.config.planner import MeasuredCost, PlannedAssignment
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Loader, open_corpus
+from ltrain.data.survey import survey
 from ltrain.model.flops import flops_per_token
 from ltrain.model.memory import GIB, bytes_per_token_layer, estimate_memory, levels, longest_context
 from ltrain.planner.command import compare
@@ -51,6 +52,12 @@ def check_lines(
     )
     yield "step", f"{train.tokens_per_step:,} tokens = {train.seq_len:,} a row x {dealt}"
     yield "training", f"{train.steps:,} steps, {train.steps * train.tokens_per_step / 1e6:,.1f} M tokens"
+    found = survey(config.data, plan.tokenizer)
+    for source in found:
+        yield "data", source.describe()
+    share = sum(s.tokens * source.weight for s, source in zip(found, config.data.sources, strict=True))
+    passes = train.steps * train.tokens_per_step / max(share * (1 - config.data.holdout), 1)
+    yield "passes", f"about {passes:.2g} over the documents that are trained on, before length filters"
     flops = flops_per_token(spec, train.seq_len)
     yield "FLOPs a token", f"{flops / 1e9:,.3f} G (forward and backward, one document of {train.seq_len:,})"
     setting = memory_setting(config, plan.spec, plan.data_size)
@@ -94,10 +101,11 @@ def print_check(config: RunConfig, world_size: int, device_gib: float | None = N
     plan = check_run(config, world_size)
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     for topic, text in check_lines(config, plan, world_size, device_gib or default_device_gib(world_size)):
-        table.add_row(f"[bold]{topic}[/bold]", text)
+        table.add_row(Text(topic, "bold"), Text(text))
     Console().print(table)
     print_plan(config, plan)
     return 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +25,16 @@ from ltrain.sync import SyncError, SyncRefused
 from ltrain.train.build import build_run
 from ltrain.train.checkpoint.folder import CheckpointError
 from ltrain.train.checkpoint.manager import CheckpointManager
-from ltrain.train.plan import check_assignment, check_device, check_run, write_config
+from ltrain.train.plan import check_assignment, check_device, check_run, run_folder, write_config
 from ltrain.train.run import Run
 from ltrain.train.signals import die_with_parent
 from ltrain.train.trainer import NonFinite, Trainer
+from ltrain.train.watch import RankLost
+from ltrain.train.writer import Writer
 
 log = logging.getLogger("ltrain")
 
+EXIT_CRASHED = 1
 EXIT_BAD_INPUT = 2
 EXIT_CHECKPOINT = 3
 EXIT_RESOURCES = 4
@@ -45,13 +50,25 @@ def train(config: RunConfig) -> int:
     die_with_parent()
     check_device(config)
     plan = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
-    if int(os.environ.get("RANK", "0")):
+    main_process = os.environ.get("RANK", "0") == "0"
+    if not main_process:
         log.setLevel(logging.WARNING)
-    # Bad data is found, and new data tokenised (by one process; others wait), while no group can time out.
-    check_assignment(config, plan, open_corpus(config.data, plan.tokenizer))
+    writer = Writer(run_folder(config)) if main_process else None
+    try:
+        # Bad data is found, and new data tokenised (by one process; others wait), while no group can time
+        # out.
+        check_assignment(config, plan, open_corpus(config.data, plan.tokenizer))
+        return _in_group(config, lambda: _train(config, writer))
+    finally:
+        if writer is not None:
+            writer.release()
+
+
+def _in_group(config: RunConfig, work: Callable[[], int]) -> int:
+    """Do `work` on the default process group; its failures become exit codes. ConfigError is passed on."""
     init_process_group(config.train.timeout_s)
     try:
-        return _train(config)
+        return work()
     except ConfigError:
         raise
     except (CheckpointError, NonFinite) as error:
@@ -64,28 +81,39 @@ def train(config: RunConfig) -> int:
         reason = str(error).splitlines()[0]
         log.error("rank %d: out of device memory (%s). %s", dist.get_rank(), reason, _LEVERS)
         return EXIT_RESOURCES
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):
+    except RankLost as error:
+        log.error("%s", error)
+        return EXIT_CRASHED
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        log.error("rank %d: %s cannot be written: %s", dist.get_rank(), error.filename, error.strerror)
+        return EXIT_RESOURCES
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             log.error("rank %d: out of host memory. %s", dist.get_rank(), _LEVERS)
             return EXIT_RESOURCES
         log.error("rank %d failed:\n%s", dist.get_rank(), traceback.format_exc())
-        return 1
+        return EXIT_CRASHED
     finally:
         sys.stdout.flush()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LEVERS = (
     "In this order: a higher memory.level, a larger parallel.context.degree, a smaller "
     "train.loss_chunk_tokens, optimizer.kind=cpu_adam."
 )
 
 
-def _train(config: RunConfig) -> int:
+def _train(config: RunConfig, writer: Writer | None) -> int:
     set_seed(config.run.seed)
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     run = build_run(config)
+    if writer is not None:
+        run.checkpoints.fence = writer.check
     if dist.get_rank() == 0:
         write_config(config, run.folder)
         (run.folder / "PREEMPTED").unlink(missing_ok=True)
@@ -94,6 +122,8 @@ def _train(config: RunConfig) -> int:
         for line in run.banner():
             log.info("%s", line)
     code = Trainer(config, run).train()
+    # The launcher ends all ranks when the first has left: none may, before markers and records are written.
+    dist.barrier()
     if code == 0 and config.checkpoint.export:
         export_run(run, run.folder / "hf")
         if dist.get_rank() == 0:
@@ -136,7 +166,10 @@ def export_run(run: Run, folder: Path) -> None:
 def export(config: RunConfig, out: Path | None, step: int | None) -> int:
     """Write a checkpoint of a run as a Hugging Face folder."""
     check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
-    init_process_group(config.train.timeout_s)
+    return _in_group(config, lambda: _export(config, out, step))
+
+
+def _export(config: RunConfig, out: Path | None, step: int | None) -> int:
     run = build_run(config)
     checkpoints: CheckpointManager = run.checkpoints
     reader = checkpoints.open_newest(None if step is None else step + 1)
@@ -146,7 +179,6 @@ def export(config: RunConfig, out: Path | None, step: int | None) -> int:
     folder = out or run.folder / "hf"
     export_run(run, folder)
     log.info("step %d exported to %s", run.step, folder)
-    dist.destroy_process_group()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ltrain.metrics import devices
 from ltrain.metrics.console import make_console
 from ltrain.metrics.names import METRICS
 from ltrain.metrics.sinks import Fanout, JsonLines, TensorBoard, WandB
+from ltrain.metrics.straggler import Straggler
 from ltrain.metrics.timers import Timers
 from ltrain.model.flops import step_flops
 from ltrain.model.memory import bytes_per_token_layer
@@ -27,6 +29,8 @@ from ltrain.train.plan import memory_setting
 from ltrain.train.run import Run
 from ltrain.train.step import StepResult
 
+log = logging.getLogger("ltrain")
+
 
 class Measure:
     """Collects, reduces and writes the metrics of a run."""
@@ -34,7 +38,7 @@ class Measure:
     def __init__(self, config: RunConfig, run: Run, timers: Timers) -> None:
         self.config, self.run, self.timers = config, run, timers
         self.main = dist.get_rank() == 0
-        self._first = True
+        self.straggler = Straggler()
         self._profiler: Any = None
         self.peak = config.metrics.peak_tflops
         if self.peak is None and torch.cuda.is_available():
@@ -79,10 +83,13 @@ class Measure:
         """Write the record of the step that has just ended; collective over the default group."""
         run, config = self.run, self.config
         times = self.timers.collect()
+        # mcore reduces gradients inside its forward-backward schedule.
+        times["time/forward_backward_s"] -= times.get("time/grad_sync_s", 0.0)
         if run.step % config.metrics.every and run.step != config.train.steps:
             return
         local = {**times, **devices.memory_metrics(), "perf/step_time_s": seconds, **(assignment or {})}
-        local["balance/compute"] = times.get("time/forward_backward_s", 0.0)
+        computing = times.get("time/forward_s", 0.0) + times.get("time/backward_s", 0.0)
+        local["balance/compute"] = computing - times.get("time/attention_comm_s", 0.0)
         local |= run.links.bytes_sent()
         if sync is not None:
             local |= sync.metrics
@@ -90,12 +97,13 @@ class Measure:
             local |= elimination_metrics(batches)
         if torch.cuda.is_available():
             local |= devices.gpu_metrics(torch.cuda.current_device())
-        metrics, spread = reduce_over_ranks(local, run.mesh.device)
+        metrics, by_rank = reduce_over_ranks(local)
         if not self.main:
             return
         seconds = metrics["perf/step_time_s"]
-        compute = spread["balance/compute"]
+        compute = by_rank["balance/compute"]
         metrics.pop("balance/compute", None)
+        self._name_straggler(compute)
         world = run.mesh.world_size
         lengths = [
             n for row in data.rows for n in (row.document_lengths if row.document_mask else (row.num_tokens,))
@@ -127,7 +135,9 @@ class Measure:
             "mem/bytes_per_token_layer": bytes_per_token_layer(
                 run.spec, replace(memory_setting(config, run.spec, run.mesh.data.size), kept=kept, mode=mode)
             ),
-            "balance/compute_max_over_mean": compute[0] / compute[1] if compute[1] else 1.0,
+            "balance/compute_max_over_mean": max(compute) * world / sum(compute) if sum(compute) else 1.0,
+            "balance/slowest_rank": float(compute.index(max(compute))),
+            "balance/straggler_rank": float(self.straggler.rank),
             **data.stats,
         }
         if run.elimination is not None:
@@ -140,6 +150,16 @@ class Measure:
         if self.peak is not None:
             metrics["perf/mfu"] = tflops / self.peak
         self.sinks.write(run.step, metrics)
+
+    def _name_straggler(self, seconds: list[float]) -> None:
+        if not self.straggler.add(seconds):
+            return
+        rank = self.straggler.rank
+        if rank < 0:
+            log.warning("no rank is a straggler any longer")
+        else:
+            text = "rank %d is a straggler: %.3f s of its own in this step, the fastest rank %.3f s"
+            log.warning(text, rank, seconds[rank], min(seconds))
 
     def evaluation(self, outcome: Evaluation) -> None:
         """Write a held-out evaluation."""
@@ -191,21 +211,19 @@ def elimination_metrics(batches: list[MicroBatch]) -> dict[str, float]:
     return metrics
 
 
-def reduce_over_ranks(
-    local: dict[str, float], device: torch.device
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Reduce over all ranks, each metric by its declared rule; also return (max, mean) of each.
+def reduce_over_ranks(local: dict[str, float]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Reduce over all ranks, each metric by its declared rule; also return each metric's values by rank.
 
     Ranks may hold different names; a name that a rank does not hold counts as 0 there.
     """
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, local)
     names = sorted({name for values in gathered for name in values})
-    reduced, spread = {}, {}
+    reduced, by_rank = {}, {}
     for name in names:
         values = [v.get(name, 0.0) for v in gathered]
         mean = sum(values) / len(values)
-        spread[name] = (max(values), mean)
+        by_rank[name] = values
         rule = METRICS[name].reduction if name in METRICS else "max"
         reduced[name] = {"sum": sum(values), "mean": mean, "max": max(values), "last": values[0]}[rule]
-    return reduced, spread
+    return reduced, by_rank

@@ -10,14 +10,12 @@ import yaml
 
 from ltrain.attention.rope import Rope
 from ltrain.config.base import ConfigError
-from ltrain.config.elimination import BlockElimination
 from ltrain.config.model import LoraAdapter
 from ltrain.config.planner import PlannedAssignment
 from ltrain.config.schema import RunConfig
 from ltrain.config.stage_links import IdentityLinks, ProjectionLinks, slow_boundaries
 from ltrain.data.corpus import Corpus
 from ltrain.data.tokenizer import Tokenizer, load_tokenizer
-from ltrain.elimination.ratios import resolve_ratios
 from ltrain.model.families import extend_rope, resolve_spec
 from ltrain.model.freeze import count_trained, frozen_tensors
 from ltrain.model.memory import Setting
@@ -27,6 +25,7 @@ from ltrain.parallel import seam
 from ltrain.parallel.degrees import check_world, rows_per_step
 from ltrain.planner.setup import check_longest, cluster_of
 from ltrain.train.cost import base_cost
+from ltrain.train.elimination import check_run_elimination
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,7 @@ def check_run(config: RunConfig, world_size: int) -> Plan:
     frozen_tensors(spec, config.model)
     if spec.source is not None:
         check_weights(spec)
-    if isinstance(config.elimination, BlockElimination):
-        resolve_ratios(config.elimination, spec.num_layers)
-        if config.elimination.mode == "q" and spec.o_bias:
-            rule = "would add the output's bias to tokens that don't attend"
-            raise ConfigError("elimination.mode", "q", rule, "take qkv, layer or backward")
+    check_run_elimination(config, spec)
     planned = parallel.assignment if isinstance(parallel.assignment, PlannedAssignment) else None
     if planned is not None:
         cluster_of(planned, data_size * parallel.context.degree)

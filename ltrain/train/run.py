@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ltrain.attention.rope import Rope
+from ltrain.config.base import ConfigError
 from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Loader
 from ltrain.data.rows import Row
@@ -100,7 +101,18 @@ class Run:
         return snapshot(self.step, pieces(self.model, self.optimizer, self.mesh), tensors, private, state)
 
     def restore(self, reader: CheckpointReader) -> None:
-        """Continue from a verified checkpoint, whatever layout wrote it. Bitwise on the same layout."""
+        """Continue from a verified checkpoint, whatever layout wrote it. Bitwise on the same layout.
+
+        Raises CheckpointError where what it holds is not a run's state, although its checksums fit.
+        """
+        try:
+            self._restore(reader)
+        except (ConfigError, CheckpointError):
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{reader.folder.name} holds no valid state: {error!r}") from None
+
+    def _restore(self, reader: CheckpointReader) -> None:
         state = reader.state
         restore_pieces(reader, list(pieces(self.model, self.optimizer, self.mesh)))
         set_optimizer_steps(self.optimizer, state["optimizer_steps"])

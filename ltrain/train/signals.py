@@ -30,11 +30,12 @@ class StopRequest:
         self._interrupts = 0
         deadlines = []
         if max_minutes is not None:
-            deadlines.append((time.time() + 60 * max_minutes, f"train.max_minutes={max_minutes:g} are over"))
+            deadlines.append((60 * max_minutes, f"train.max_minutes={max_minutes:g} are over"))
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         if end.isdigit():
-            deadlines.append((int(end) - SLURM_MARGIN_S, "the SLURM job is about to end"))
+            deadlines.append((int(end) - SLURM_MARGIN_S - time.time(), "the SLURM job is about to end"))
         self._deadline = min(deadlines, default=None)
+        self._began = time.monotonic()  # the other clock may be set while the job runs
         self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -52,8 +53,9 @@ class StopRequest:
 
     def agreed(self, device: torch.device) -> str | None:
         """The reason to stop, if any rank has one: collective over the default group."""
-        if self.reason is None and self._deadline is not None and time.time() >= self._deadline[0]:
-            self.reason = self._deadline[1]
+        if self.reason is None and self._deadline is not None:
+            seconds, reason = self._deadline
+            self.reason = reason if time.monotonic() - self._began >= seconds else None
         flag = torch.tensor([0 if self.reason is None else 1], dtype=torch.int32, device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         if not int(flag):
@@ -69,3 +71,5 @@ def die_with_parent() -> None:
 
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() == 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.exit("ltrain: the launcher has died")

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ltrain.config.schema import RunConfig
-from ltrain.metrics.timers import Timers
+from ltrain.metrics.timers import EngineTimers, Timers
 from ltrain.train.checkpoint.folder import CheckpointError
 from ltrain.train.evaluate import evaluate
 from ltrain.train.measure import Measure
@@ -20,6 +20,7 @@ from ltrain.train.optimizer import learning_rate, optimizer_step, set_learning_r
 from ltrain.train.run import Run
 from ltrain.train.signals import EXIT_STOPPED, StopRequest
 from ltrain.train.step import reduce_totals, run_model
+from ltrain.train.watch import RankLost, Watch
 
 log = logging.getLogger("ltrain")
 
@@ -33,44 +34,62 @@ class Trainer:
     def __init__(self, config: RunConfig, run: Run) -> None:
         self.config, self.run = config, run
         self.timers = Timers()
+        run.ddp.module.config.timers = EngineTimers(self.timers)
         self.measure = Measure(config, run, self.timers)
         self.stop = StopRequest(config.train.max_minutes)
+        self.watch = Watch(run.folder / "hang", config.train.timeout_s, self.position)
         self._losses: deque[float] = deque(maxlen=50)
         self._nonfinite_in_a_row = 0
 
+    def position(self) -> tuple[int, str, int]:
+        """The step under way, the phase, and a number that changes with every phase."""
+        return self.run.step + 1, self.timers.current, self.timers.changes
+
     def train(self) -> int:
-        """Run to the end. Returns the exit code: 0 done, 75 stopped on request, 4 out of a resource."""
-        run, config = self.run, self.config
+        """Run to the end. Returns the exit code: 0 done, 75 stopped on request, 4 out of a resource.
+
+        Raises RankLost, with what every rank was doing, when a collective operation fails.
+        """
         try:
-            run.assignment.start()
-            if run.step == 0 and config.eval.at_start:
-                self.evaluate()
-            run.replicas.join()
-            while run.step < config.train.steps:
-                reason = self.stop.agreed(run.mesh.device)
-                if reason is not None:
-                    return self._leave(reason)
-                self.one_step()
-                if run.step == config.train.steps:
-                    break
-                if config.eval.every and run.step % config.eval.every == 0:
-                    self.evaluate()
-                if config.checkpoint.every and run.step % config.checkpoint.every == 0:
-                    self.save()
-                    if run.checkpoints.failure and config.checkpoint.on_full_disk == "stop":
-                        log.error("stopping: a checkpoint could not be written (%s)", run.checkpoints.failure)
-                        return EXIT_RESOURCES
-            run.replicas.finish()
-            if config.eval.at_end and (run.step > 0 or not config.eval.at_start):
-                self.evaluate()
-            self.save(wait=True)
-            return EXIT_DONE
+            return self._train()
+        except RuntimeError as error:
+            explained = self.watch.explain(error)
+            if explained is None:
+                raise
+            raise RankLost(explained) from error
         finally:
-            run.checkpoints.wait()
-            run.replicas.close()
-            run.assignment.close()
+            self.watch.close()
+            self.run.checkpoints.close()
+            self.run.replicas.close()
+            self.run.assignment.close()
             self.measure.close()
             self.stop.restore()
+
+    def _train(self) -> int:
+        run, config = self.run, self.config
+        run.assignment.start()
+        if run.step == 0 and config.eval.at_start:
+            self.evaluate()
+        run.replicas.join()
+        while run.step < config.train.steps:
+            reason = self.stop.agreed(run.mesh.device)
+            if reason is not None:
+                return self._leave(reason)
+            self.one_step()
+            if run.step == config.train.steps:
+                break
+            if config.eval.every and run.step % config.eval.every == 0:
+                self.evaluate()
+            if config.checkpoint.every and run.step % config.checkpoint.every == 0:
+                self.save()
+                if run.checkpoints.failure and config.checkpoint.on_full_disk == "stop":
+                    log.error("stopping: a checkpoint could not be written (%s)", run.checkpoints.failure)
+                    return EXIT_RESOURCES
+        run.replicas.finish()
+        if config.eval.at_end and (run.step > 0 or not config.eval.at_start):
+            self.evaluate()
+        self.save(wait=True)
+        return EXIT_DONE
 
     def one_step(self) -> None:
         """Load, forward, backward, step, measure."""
@@ -118,7 +137,10 @@ class Trainer:
         if not run.held_out:
             return
         rope = run.source_rope if run.step == 0 else None
-        outcome = evaluate(run.ddp, run.mesh, run.held_out, run.buckets, run.assignment, rope)
+        run.ddp.module.config.timers = None  # its forward is none of a step's
+        with self.timers.phase("evaluation", host=True):
+            outcome = evaluate(run.ddp, run.mesh, run.held_out, run.buckets, run.assignment, rope)
+        run.ddp.module.config.timers = EngineTimers(self.timers)
         self.measure.evaluation(outcome)
 
     def save(self, *, wait: bool = False) -> None:
@@ -135,8 +157,9 @@ class Trainer:
         if dist.get_rank() == 0:
             for marker in (run.folder / "PREEMPTED", self.config.run.stop_marker):
                 if marker is not None:
-                    marker.write_text(f"{run.step}\n")
-            log.info("stopped at step %d (%s); the same command continues it", run.step, reason)
+                    marker.write_text(f"{run.checkpoints.last_saved or 0}\n")
+            text = "stopped at step %d (%s); the same command continues from step %d"
+            log.info(text, run.step, reason, run.checkpoints.last_saved or 0)
         return EXIT_STOPPED
 
     def _guard(self, loss: float, skipped: bool) -> None:

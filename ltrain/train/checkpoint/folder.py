@@ -165,6 +165,10 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     manifest = read_json(manifest_path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
         raise CheckpointError(f"{folder.name}: format {manifest.get('format')} is not {FORMAT_VERSION}")
+    unnamed = {path.name for path in folder.iterdir()} - {"manifest.json", "COMPLETE", *manifest["files"]}
+    if unnamed or "state.json" not in manifest["files"]:
+        what = ", ".join(sorted(unnamed)) or "state.json"
+        raise CheckpointError(f"{folder.name}: manifest.json does not name {what}")
     for i, (name, entry) in enumerate(sorted(manifest["files"].items())):
         path = folder / name
         if not _NAME.match(name) or path.is_symlink():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -64,6 +64,10 @@ class CheckpointManager:
         self.root, self.keep, self.asynchronous = root, keep, asynchronous
         self.failure: str | None = None
         self.last_saved: int | None = None
+        self.fence: Callable[[], str | None] = lambda: None
+        """Asked by rank 0 before a checkpoint is committed: why that must not be, if so."""
+        self.fenced: str | None = None
+        self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._rank = dist.get_rank()
@@ -75,16 +79,34 @@ class CheckpointManager:
         """Write a checkpoint, in the background where configured, after a save still under way has ended."""
         self.wait()
         if self.asynchronous and not wait:
-            self._thread = threading.Thread(target=self._write, args=(content,), name="checkpoint")
+            self._thread = threading.Thread(target=self._in_background, args=(content,), name="checkpoint")
             self._thread.start()
         else:
             self._write(content)
+            self.wait()
 
     def wait(self) -> None:
-        """Wait until the save under way has ended."""
+        """Wait until the save under way has ended. Raises what ended it, where that was no failed write:
+        the loss of another rank, or CheckpointError where another job has taken over the run.
+        """
+        self.close()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        if self.fenced is not None:
+            raise CheckpointError(f"{self.fenced}; nothing more is written by this job")
+
+    def close(self) -> None:
+        """Wait until the save under way has ended, however it did."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def _in_background(self, content: Snapshot) -> None:
+        try:
+            self._write(content)
+        except BaseException as error:  # raised on the main thread, by `wait`
+            self._error = error
 
     def _write(self, content: Snapshot) -> None:
         name: list[str | None] = [None]
@@ -104,9 +126,10 @@ class CheckpointManager:
         votes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(votes, (problem, entries), group=self._group)
         problems = [f"rank {rank}: {vote[0]}" for rank, vote in enumerate(votes) if vote[0]]
-        outcome: list[str | None] = [None]
+        outcome: list[str | None] = [None, None]
         if self._rank == 0 and name[0] is not None:
-            if not problems:
+            outcome[1] = self.fence()
+            if not problems and outcome[1] is None:
                 try:
                     merged = {key: value for vote in votes for key, value in vote[1].items()}
                     files.commit(Path(name[0]), self.root, content.step, merged, content.state)
@@ -114,11 +137,11 @@ class CheckpointManager:
                         files.remove(files.step_folder(self.root, step))
                 except OSError as error:
                     outcome[0] = _reason(error)
-            if problems or outcome[0]:
+            if problems or any(outcome):
                 files.remove(Path(name[0]))
         dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if outcome[0]:
-            problems.append(f"rank 0: {outcome[0]}")
+        problems += [f"rank 0: {text}" for text in outcome if text]
+        self.fenced = outcome[1]
         self.failure = "; ".join(problems) or None
         if self.failure is None:
             self.last_saved = content.step
@@ -154,7 +177,9 @@ class CheckpointManager:
             path = files.step_folder(self.root, newest[0])
             problem = self.check(path)
             if problem is None:
-                return CheckpointReader(path)
+                reader, problem = self._read(path)
+                if reader is not None and problem is None:
+                    return reader
             tried += 1
             if self._rank == 0:
                 aside = files.quarantine(path)
@@ -168,6 +193,19 @@ class CheckpointManager:
             files.verify(path, self._rank, dist.get_world_size())
         except (CheckpointError, OSError, KeyError, TypeError, AttributeError) as error:
             problem = str(error)
+        return self._first(problem)
+
+    def _read(self, path: Path) -> tuple[CheckpointReader | None, str | None]:
+        """A reader of a checkpoint whose checksums fit, or why there can be none on some rank."""
+        reader, problem = None, None
+        try:
+            reader = CheckpointReader(path)
+        except CheckpointError as error:
+            problem = str(error)
+        return reader, self._first(problem)
+
+    def _first(self, problem: str | None) -> str | None:
+        """The first problem that any rank has."""
         problems: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem, group=self._group)
         return next((p for p in problems if p), None)

@@ -14,6 +14,9 @@ from torch import Tensor
 from ltrain.train.checkpoint.folder import CheckpointError, read_json
 from ltrain.train.checkpoint.pieces import Piece, Place
 
+# (start, box) to the stored runs of that box: place, file, name in the file.
+Boxes = dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[Place, str, str]]]
+
 
 def index_entry(piece: Piece) -> dict[str, Any]:
     return {"kind": piece.kind, **asdict(piece.place)}
@@ -36,24 +39,53 @@ def _place(entry: Any, source: str) -> tuple[str, Place]:
 
 
 class CheckpointReader:
-    """The tensors of a verified checkpoint, by kind and global name, whatever layout wrote them."""
+    """The tensors of a verified checkpoint, by kind and global name, whatever layout wrote them.
+
+    Raises CheckpointError where an index, the state or a tensor file is not what it must be, although its
+    checksum fits. Never allocates more than the files hold.
+    """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
         self.folder = folder
         self.state: dict[str, Any] = read_json(folder / "state.json")
         self._files: dict[str, Any] = {}
-        self._places: dict[tuple[str, str], list[tuple[Place, str, str]]] = defaultdict(list)
+        self._places: dict[tuple[str, str], Boxes] = defaultdict(lambda: defaultdict(list))
         self.private: dict[int, dict[str, Any]] = {}
+        self._check_state()
         for listing in sorted(folder.glob("rank-*.json")):
-            data = listing.with_suffix(".safetensors").name
             index = read_json(listing)
-            self.private[int(listing.stem.removeprefix("rank-"))] = index["private"]
-            self._files[data] = safe_open(folder / data, framework="pt")
-            for key, entry in index["pieces"].items():
+            try:
+                self.private[int(listing.stem.removeprefix("rank-"))] = dict(index["private"])
+                entries = dict(index["pieces"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{listing.name}: is not an index: {error}") from None
+            data = listing.with_suffix(".safetensors").name
+            self._open(data)
+            for key, entry in entries.items():
                 kind, place = _place(entry, listing.name)
-                self._places[kind, place.name].append((place, data, key))
+                self._places[kind, place.name][place.start, place.box].append((place, data, key))
+        for (kind, name), boxes in self._places.items():
+            self._check_whole(kind, name, boxes)
+
+    def _open(self, data: str) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._files[data] = safe_open(self.folder / data, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder.name}: {data} cannot be opened: {error}") from None
+
+    def _check_state(self) -> None:
+        numbers = ("step", "tokens", "skipped_steps", "rollbacks", "optimizer_steps")
+        try:
+            wrong = [n for n in numbers if isinstance(self.state[n], bool) or int(self.state[n]) < 0]
+            wrong += [name for name in ("loader", "layout") if not isinstance(self.state[name], dict)]
+            if not isinstance(self.state["fingerprint"], str):
+                wrong.append("fingerprint")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.folder.name}: state.json is not valid: {error}") from None
+        if wrong:
+            raise CheckpointError(f"{self.folder.name}: state.json holds no valid {', '.join(wrong)}")
 
     def names(self, kind: str) -> list[str]:
         return sorted(name for k, name in self._places if k == kind)
@@ -69,33 +101,45 @@ class CheckpointReader:
         return {key.removeprefix(start): file.get_tensor(key) for key in keys}
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """A whole global tensor on the host. Raises CheckpointError on a gap or a missing tensor."""
+        """A whole global tensor on the host. Raises CheckpointError on a missing tensor."""
         stored = self._places.get((kind, name))
         if not stored:
             raise CheckpointError(f"{self.folder.name} holds no {kind} of {name}")
-        shape = stored[0][0].shape
-        boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
-        filled: dict[Any, int] = defaultdict(int)
-        for place, data, key in stored:
-            run = self._files[data].get_tensor(key).flatten()
-            if place.shape != shape or run.numel() != place.last - place.first:
-                raise CheckpointError(f"{self.folder.name}: the pieces of {kind} {name} do not fit together")
-            at = (place.start, place.box)
-            if at not in boxes:
-                boxes[at] = torch.empty(math.prod(place.box), dtype=run.dtype)
-            boxes[at][place.first : place.last] = run
-            filled[at] += run.numel()
-        full = torch.empty(shape, dtype=next(iter(boxes.values())).dtype)
-        covered = 0
-        for at, box in boxes.items():
-            if filled[at] != box.numel():
-                raise CheckpointError(f"{self.folder.name}: {kind} of {name} has a gap")
-            start, size = at
+        full: Tensor | None = None
+        for (start, size), runs in stored.items():
+            box = torch.cat([self._files[data].get_tensor(key).flatten() for _, data, key in runs])
+            if full is None:
+                full = torch.empty(runs[0][0].shape, dtype=box.dtype)
             full[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))] = box.view(size)
-            covered += box.numel()
-        if covered != full.numel():
-            raise CheckpointError(f"{self.folder.name}: {kind} of {name} has a gap")
+        assert full is not None
         return full
+
+    def _check_whole(self, kind: str, name: str, boxes: Boxes) -> None:
+        """Check, without reading a tensor, that the stored runs fill their boxes and the boxes the tensor."""
+        where = f"{self.folder.name}: {kind} of {name}"
+        shape = next(iter(boxes.values()))[0][0].shape
+        for (_, size), runs in boxes.items():
+            runs.sort(key=lambda entry: entry[0].first)
+            end = 0
+            for place, data, key in runs:
+                if place.first != end or place.shape != shape:
+                    raise CheckpointError(f"{where} has a gap, or runs that overlap")
+                if self._count(data, key) != place.last - place.first:
+                    raise CheckpointError(f"{where}: {key} in {data} is not of the size that the index says")
+                end = place.last
+            if end != math.prod(size):
+                raise CheckpointError(f"{where} has a gap")
+        if sum(math.prod(size) for _, size in boxes) != math.prod(shape) or _overlap(list(boxes)):
+            raise CheckpointError(f"{where} has a gap, or boxes that overlap")
+
+    def _count(self, data: str, key: str) -> int:
+        """Number of elements that a file really holds of a tensor; -1 where it holds none of that name."""
+        from safetensors import SafetensorError
+
+        try:
+            return math.prod(self._files[data].get_slice(key).get_shape())
+        except (SafetensorError, KeyError):
+            return -1
 
     @torch.no_grad()
     def fill(self, piece: Piece, whole: Tensor) -> None:
@@ -133,3 +177,12 @@ def restore_pieces(reader: CheckpointReader, pieces: list[Piece], *, fresh_optim
         if cache is None or cache[0] != (kind, name):
             cache = ((kind, name), reader.whole(kind, name))
         reader.fill(piece, cache[1])
+
+
+def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether any two of the (start, size) boxes have an element in common."""
+    return any(
+        all(a < b + m and b < a + n for a, n, b, m in zip(start, size, other, extent, strict=True))
+        for i, (start, size) in enumerate(boxes)
+        for other, extent in boxes[:i]
+    )

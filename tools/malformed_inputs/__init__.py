@@ -1,0 +1,1 @@
+"""Malformed configurations, models, data and checkpoints, generated from sound ones."""
