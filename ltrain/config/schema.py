@@ -125,6 +125,13 @@ def check_sections(config: RunConfig) -> None:
     )
     if isinstance(parallel.assignment, PlannedAssignment):
         check_planned(parallel, parallel.assignment)
+    steps = config.profile.steps
+    if steps is not None and not steps[0] <= steps[1] <= train.steps:
+        raise ConfigError(
+            "profile.steps",
+            list(steps),
+            f"must be first and last step, in order, up to train.steps={train.steps}",
+        )
     node_size = parallel.context.node_size
     if node_size is not None and parallel.context.degree % node_size:
         raise ConfigError(

@@ -166,4 +166,4 @@ class ProfileSection(Section):
     ranks: tuple[NonNegativeInt, ...] = (0,)
     """Ranks that profile."""
     kinds: tuple[Literal["trace", "memory"], ...] = ("trace",)
-    """A Chrome trace, a memory snapshot (CUDA), or both."""
+    """`trace`: a Chrome trace. `memory`: the allocator's history on CUDA, bytes by operation on the CPU."""

@@ -20,8 +20,11 @@ PACKAGES = (
     "transformers",
     "safetensors",
     "pydantic",
+    "pyarrow",
     "pulp",
     "highspy",
+    "lm_eval",
+    "tensorboard",
     "wandb",
     "nvidia-ml-py",
 )

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import time
 from collections import deque
 from pathlib import Path
@@ -136,7 +137,7 @@ class WandB:
             mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         id_file = folder / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(6))
         self._run = wandb.init(
             id=id_file.read_text().strip(),
             resume="allow" if mode == "online" else None,
@@ -155,10 +156,11 @@ class WandB:
             )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._run.log({"train/step": step, **metrics})
+        # W&B's own step is the run's, so that the folders of a resumed offline run follow one another.
+        self._run.log({"train/step": step, **metrics}, step=step)
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def _has_key() -> bool:

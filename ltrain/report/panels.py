@@ -70,6 +70,11 @@ PANELS: tuple[Panel, ...] = (
         *("tokens_per_s", "Speed", "tokens/s", (("perf/tokens_per_s", "all devices"),)),
         bottom=0,
     ),
+    Lines(
+        *("tokens_per_s_per_gpu", "Speed of a device", "tokens/s"),
+        (("perf/tokens_per_s_per_gpu", "a device"),),
+        bottom=0,
+    ),
     Lines("mfu", "Model FLOPs utilisation", "share of peak", (("perf/mfu", "dense causal"),), bottom=0),
     Lines(
         "tflops",

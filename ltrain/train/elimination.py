@@ -128,8 +128,14 @@ def fit_predictor(config: RunConfig, *, steps: int, out: Path | None, settings: 
     plain = config.model_copy(update={"elimination": NoElimination()})
     init_process_group(config.train.timeout_s)
     set_seed(config.run.seed)
-    run = build_run(plain)
-    spec = run.spec
+    fit_to_run(build_run(plain), block, steps=steps, out=out, settings=settings)
+    dist.destroy_process_group()
+    return 0
+
+
+def fit_to_run(run: Any, block: int, *, steps: int, out: Path, settings: FitSettings) -> None:
+    """Train the predictor of a run's model on the run's rows, from where it stands, and write it."""
+    spec, config = run.spec, run.config
     shape = PredictorShape(spec.num_layers, spec.hidden_size, spec.num_heads, block)
     if spec.hidden_size % spec.num_heads:
         raise ConfigError("model.hidden_size", spec.hidden_size, f"must divide by {spec.num_heads} heads")
@@ -142,8 +148,6 @@ def fit_predictor(config: RunConfig, *, steps: int, out: Path | None, settings: 
     count = sum(p.numel() for p in layers.parameters())
     log.info("predictor in %s: %d parameters, loss %.4f to %.4f", out, count, losses[0], losses[-1])
     log.info("recall of the best 0.4 of the blocks on another row: %.3f (chance 0.4)", found)
-    dist.destroy_process_group()
-    return 0
 
 
 def _rows(run: Any, block: int) -> Iterator[Callable[[Callable[[LayerInputs], None]], None]]:

@@ -26,6 +26,7 @@ from ltrain.train.batch import MicroBatch
 from ltrain.train.evaluate import Evaluation
 from ltrain.train.optimizer import OptimizerStep
 from ltrain.train.plan import memory_setting
+from ltrain.train.profile import Profiler
 from ltrain.train.run import Run
 from ltrain.train.step import StepResult
 
@@ -39,7 +40,7 @@ class Measure:
         self.config, self.run, self.timers = config, run, timers
         self.main = dist.get_rank() == 0
         self.straggler = Straggler()
-        self._profiler: Any = None
+        self.profiler = Profiler.of(config.profile, run.folder / "profile", dist.get_rank())
         self.peak = config.metrics.peak_tflops
         if self.peak is None and torch.cuda.is_available():
             self.peak = devices.peak_tflops(torch.cuda.get_device_name())
@@ -169,28 +170,12 @@ class Measure:
     @contextmanager
     def profile(self, step: int) -> Iterator[None]:
         """Record traces and memory of the configured steps on the configured ranks."""
-        settings = self.config.profile
-        if settings.steps is None or dist.get_rank() not in settings.ranks:
+        if self.profiler is None:
             yield
             return
-        first, last = settings.steps
-        folder = self.run.folder / "profile"
-        if step == first:
-            folder.mkdir(parents=True, exist_ok=True)
-            if "trace" in settings.kinds:
-                self._profiler = torch.profiler.profile(profile_memory=True, with_stack=False)
-                self._profiler.start()
-            if "memory" in settings.kinds and torch.cuda.is_available():
-                torch.cuda.memory._record_memory_history()
+        self.profiler.before(step)
         yield
-        if step == last:
-            if self._profiler is not None:
-                self._profiler.stop()
-                self._profiler.export_chrome_trace(str(folder / f"trace-rank{dist.get_rank()}.json"))
-                self._profiler = None
-            if "memory" in settings.kinds and torch.cuda.is_available():
-                torch.cuda.memory._dump_snapshot(str(folder / f"memory-rank{dist.get_rank()}.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
+        self.profiler.after(step)
 
     def close(self) -> None:
         self.sinks.close()

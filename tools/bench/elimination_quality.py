@@ -48,6 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "qkv, pooled": {"elimination": blocks()},
     "qkv, pooled from tokens": {"elimination": blocks(scorer="pooled")},
     "qkv, lemo": {"elimination": blocks(scorer="lemo")},
+    "qkv, predictor": {"elimination": blocks(scorer="predictor")},
     "qkv, random": {"elimination": blocks(scorer="random")},
     "qkv, recency": {"elimination": blocks(scorer="recency")},
     "qkv, pooled, annealed": {"elimination": blocks(anneal=0.2)},
@@ -171,11 +172,34 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int) -> Path:
         elimination=settings.get("elimination", {"kind": "none"}),
     )  # fmt: skip
     tree["checkpoint"]["export"] = False
+    section = dict(tree["elimination"])
+    if section.get("scorer") == {"kind": "predictor"}:
+        folder = args.out / "predictors" / str(seed)
+        fit_predictor(tree | {"elimination": {"kind": "none"}}, folder, 4 if args.tiny else 150)
+        tree["elimination"] = section | {"scorer": {"kind": "predictor", "path": str(folder)}}
     began = time.process_time()
     result = run_training(tree, args, 1)
     result |= {"arm": arm, "seed": seed, "cpu_seconds": time.process_time() - began, "steps": steps}
     path.write_text(json.dumps(result))
     return path
+
+
+def fit_predictor(tree: dict[str, Any], folder: Path, steps: int) -> None:
+    """Fit the learned scorer to the seed's model, extended in position only."""
+    import torch
+
+    from ltrain.config.load import validate
+    from ltrain.elimination.fit import FitSettings
+    from ltrain.parallel.mesh import init_process_group
+    from ltrain.train.build import build_run
+    from ltrain.train.elimination import fit_to_run
+    from ltrain.train.main import set_seed
+
+    torch.set_num_threads(1)
+    config = validate(tree)
+    init_process_group(600)
+    set_seed(config.run.seed)
+    fit_to_run(build_run(config), BLOCK, steps=steps, out=folder, settings=FitSettings(prune_every=50))
 
 
 def run_training(tree: dict[str, Any], args: argparse.Namespace, threads: int) -> dict[str, Any]:

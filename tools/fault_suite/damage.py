@@ -123,9 +123,10 @@ def leave_build_lock(job: Job) -> None:
     """The lock file of a process that was killed while it built the C++ kernel."""
     from torch.utils import cpp_extension
 
-    source = Path(cpp_extension.get_default_build_root())
-    target = Path(job.environment["TORCH_EXTENSIONS_DIR"])
-    for built in source.glob("**/ltrain_block_sparse_*"):
-        copy = target / built.relative_to(source)
-        shutil.copytree(built, copy)
-        (copy / "lock").touch()
+    from ltrain_kernels.block_sparse.cpu import _build_key
+
+    name = f"ltrain_block_sparse_{_build_key()}"
+    built = Path(cpp_extension._get_build_directory(name, verbose=False))
+    copy = Path(job.environment["TORCH_EXTENSIONS_DIR"]) / name
+    shutil.copytree(built, copy)
+    (copy / "lock").touch()

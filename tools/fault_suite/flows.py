@@ -50,23 +50,21 @@ def lose_rendezvous(job: Job, scenario: Any) -> None:
         time.sleep(1)  # the first one to come holds the store
         return [first, job.start(faults, where)]
 
-    began = time.monotonic()
+    began, log = time.monotonic(), job.log()
     jobs = both([{"point": "step", "rank": r, "step": 6, "action": "sleep", "seconds": 60} for r in (0, 1)])
     _until(lambda: job.executed()[-1:] == [5] and job.executed(1)[-1:] == [5], jobs[1])
     killed = time.monotonic()
     os.kill(jobs[0].pid, signal.SIGKILL)
-    for process in jobs:
-        job.finish(process, began, 90)
+    codes = [job.finish(process, began, 90, log).code for process in jobs]
     ended = time.monotonic() - killed
-    hung = [outcome for outcome in job.outcomes if outcome.code == -1]
-    job.outcomes[:] = []
+    began, log = time.monotonic(), job.log()
     jobs = both([])
-    for process in jobs:
-        job.finish(process, began)
-    if hung or ended > 60:
-        job.outcomes[-1].text += f"\nthe other node took {ended:.0f} s to end"
-        job.outcomes[-1].code = -1
-    job.outcomes[:] = job.outcomes[-1:]
+    codes += [job.finish(process, began, log=log).code for process in jobs]
+    last = job.outcomes[-1]
+    job.outcomes[:] = [last]
+    if -1 in codes or any(codes[2:]) or ended > 60:
+        last.text += f"\nexit codes {codes}; the other node took {ended:.0f} s to end"
+        last.code = -1
 
 
 def with_deadline(job: Job, scenario: Any) -> None:

@@ -132,15 +132,18 @@ class Job:
     def log(self) -> Path:
         return self.folder / f"launch-{len(self.outcomes)}.log"
 
-    def finish(self, process: subprocess.Popen[str], began: float, limit_s: float = LIMIT_S) -> Outcome:
+    def finish(
+        self, process: subprocess.Popen[str], began: float, limit_s: float = LIMIT_S, log: Path | None = None
+    ) -> Outcome:
         """Wait for a launch. A launch that doesn't end in `limit_s` is a hang: code -1."""
+        log = log or self.log()
         try:
             code = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.wait()
             code = -1
-        outcome = Outcome(code, round(time.monotonic() - began, 1), self.log().read_text())
+        outcome = Outcome(code, round(time.monotonic() - began, 1), log.read_text())
         self.outcomes.append(outcome)
         return outcome
 
