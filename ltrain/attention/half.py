@@ -28,6 +28,7 @@ from ltrain.parallel.linear import (
     row_forward,
     row_vjp,
 )
+from ltrain.parallel.offload import HostCopy, HostStore
 from ltrain.parallel.seam import outside_seam
 
 
@@ -43,35 +44,30 @@ class AttentionHalf:
     """The attention half over the modules of an mcore layer: its input norm and its `SelfAttention`.
 
     The modules stay where they are; this object only computes with them. `core_attention` must be a
-    `CoreAttention`.
+    `CoreAttention`. With a `store` x waits for the backward pass in host memory.
     """
 
-    def __init__(self, norm: nn.Module, attention: Any, *, save_qkv: bool = True) -> None:
+    def __init__(
+        self, norm: nn.Module, attention: Any, *, save_qkv: bool = True, store: HostStore | None = None
+    ) -> None:
         if not isinstance(attention.core_attention, CoreAttention):
             raise TypeError(f"needs CoreAttention, not {type(attention.core_attention).__name__}")
-        self.norm, self.attention, self.save_qkv = norm, attention, save_qkv
+        self.norm, self.attention, self.save_qkv, self.store = norm, attention, save_qkv, store
         self.head_norms = tuple(n for n in (attention.q_layernorm, attention.k_layernorm) if n is not None)
         self.parts = (norm, attention.linear_qkv, *self.head_norms, attention.linear_proj)
 
-    def __call__(
-        self, x: Tensor, context: AttentionContext, rows: Tensor | None = None
-    ) -> tuple[Tensor, Rebuild]:
-        """(y [S, B, E], how to rebuild y) of x [S, B, E].
-
-        `rows` int64 [kept], ascending, are the tokens of this rank that attention works on, the same number
-        on every tensor-parallel rank: only they are normed, projected and attended, and only their qkv,
-        output and LSE are saved; the other rows of y are those of x, bit for bit. `context` then describes
-        the sequence of the kept tokens: their layout, original rotary positions and documents.
-        """
+    def __call__(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Rebuild]:
+        """(y [S, B, E], how to rebuild y) of x [S, B, E], the tokens that `context` describes."""
         parameters = [p for part in self.parts for p in part.parameters()]
-        y, out = _AttentionHalf.apply(x, self, context, rows, *parameters)
-        inputs = (x.detach(), out) if rows is None else (x.detach(), out, rows)
-        return y, Rebuild(inputs, self.add_projection)
+        copy = self.store.put(x.detach()) if self.store is not None and torch.is_grad_enabled() else None
+        y, out = _AttentionHalf.apply(x, self, context, copy, *parameters)
+        if copy is not None:
+            return y, Rebuild((out,), lambda out: self.add_projection(copy.get(), out))
+        return y, Rebuild((x.detach(), out), self.add_projection)
 
-    def add_projection(self, x: Tensor, out: Tensor, rows: Tensor | None = None) -> Tensor:
-        """x + proj(out), at `rows` if given."""
-        projected = row_forward(self.attention.linear_proj, out)
-        return projected.add_(x) if rows is None else x.index_add(0, rows, projected)
+    def add_projection(self, x: Tensor, out: Tensor) -> Tensor:
+        """x + proj(out)."""
+        return row_forward(self.attention.linear_proj, out).add_(x)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, N, D] and k, v [B, T, K, D], heads normed, from the fused projection [T, B, ...].
@@ -124,33 +120,35 @@ class _AttentionHalf(torch.autograd.Function):
         x: Tensor,
         half: AttentionHalf,
         context: AttentionContext,
-        rows: Tensor | None,
+        copy: HostCopy | None,
         *parameters: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:
         linear = half.attention.linear_qkv
-        normed = half.norm(x if rows is None else x.index_select(0, rows))
+        normed = half.norm(x)
         qkv = column_forward(linear, normed, column_input(linear, normed))
         out, lse, ctx.decisions = half.attention.core_attention.attend(*half.heads(qkv), context)
         out = out.transpose(0, 1).flatten(2)
-        ctx.half, ctx.context, ctx.parameters = half, context, parameters
-        ctx.save_for_backward(x, qkv if half.save_qkv else None, out, lse, rows)
+        ctx.half, ctx.context, ctx.copy, ctx.parameters = half, context, copy, parameters
+        ctx.save_for_backward(x if copy is None else None, qkv if half.save_qkv else None, out, lse)
         ctx.mark_non_differentiable(out)
-        return half.add_projection(x, out, rows), out
+        return half.add_projection(x, out), out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with outside_seam():
             dx, sums = _backward(ctx, dy)
+            if ctx.copy is not None:
+                ctx.copy.drop()
         return dx, None, None, None, *sums.take()
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Gradients]:
-    x, qkv, out, lse, rows = ctx.saved_tensors
+    x, qkv, out, lse = ctx.saved_tensors
+    x = ctx.copy.get() if x is None else x
     half, sums = ctx.half, Gradients(ctx.parameters)
     linear = half.attention.linear_qkv
-    dy_rows = dy if rows is None else dy.index_select(0, rows)
-    dout = row_vjp(half.attention.linear_proj, out, dy_rows, sums)
-    x = (x.detach() if rows is None else x.index_select(0, rows)).requires_grad_()
+    dout = row_vjp(half.attention.linear_proj, out, dy, sums)
+    x = x.detach().requires_grad_()
     with torch.enable_grad():
         normed = half.norm(x)
     n = normed.detach()
@@ -160,8 +158,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Gradients]:
     dqkv = half.vjp(qkv, out, lse, dout, ctx.context, ctx.decisions, sums)
     del qkv, out, dout
     dnormed = column_vjp(linear, n, whole, dqkv, sums)
-    dx = norm_vjp(half.norm, x, normed, dnormed, sums)
-    return (dx.add_(dy) if rows is None else dy.index_add(0, rows, dx)), sums
+    return norm_vjp(half.norm, x, normed, dnormed, sums).add_(dy), sums
 
 
 def norm_vjp(norm: nn.Module, x: Tensor, normed: Tensor, dnormed: Tensor, sums: Gradients) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ltrain.config.base import Section
 
-MemoryLevel = Literal["none", "norms", "mlp", "full"]
+MemoryLevel = Literal["none", "norms", "mlp", "full", "offload"]
 
 
 class MemorySection(Section):
@@ -15,4 +15,5 @@ class MemorySection(Section):
     twice. `none`: what the operations save. `norms`: the two residual inputs, queries, keys, values and
     output of attention, gate and up; norms, rotary embedding and activation are recomputed. `mlp`: not gate
     and up, which are recomputed in tiles of tokens. `full`: the layer's input and attention's output only;
-    all products but `down` run again."""
+    all products but `down` run again. `offload`: as `full`, with the layer's input moved to host memory
+    beside the computation (GPU only)."""

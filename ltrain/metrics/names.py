@@ -57,7 +57,7 @@ METRICS = _table(
     mem/max_reserved_gib | GiB | max | peak reserved by the caching allocator
     mem/host_gib | GiB | max | resident memory of the process
     mem/alloc_retries | 1 | max | allocation retries
-    mem/bytes_per_token_layer | B | last | bytes saved for the backward per token and layer
+    mem/bytes_per_token_layer | B | last | bytes saved for the backward per token and layer, unsharded
     gpu/utilization | % | mean | utilisation that the driver reports
     gpu/power_w | W | mean | power draw
     gpu/temperature_c | C | max | temperature

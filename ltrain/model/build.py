@@ -32,6 +32,7 @@ from ltrain.model.layer import LeanTransformerLayer
 from ltrain.model.lora import LoraColumnParallelLinear, LoraRowParallelLinear
 from ltrain.model.spec import ModelSpec
 from ltrain.model.subspace import SubspaceRowParallelLinear, SubspaceWordEmbedding
+from ltrain.parallel.offload import CudaCopies, HostStore
 from ltrain.parallel.seam import cpu_seam, device, on_cpu
 from ltrain.parallel.stage_link import Subspace
 
@@ -120,13 +121,14 @@ def layer_spec(
     space: Subspace | None = None,
     memory_level: MemoryLevel = "none",
     elimination: Elimination | None = None,
+    store: HostStore | None = None,
 ) -> ModuleSpec:
     """One transformer layer of mcore's local modules around `core_attention`; with `space` its residual
     writers write into the subspace only.
 
     `core_attention` is called as mcore calls `DotProductAttention`, by keyword: config, layer_number,
     attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection. Memory levels other than
-    "none" need a `CoreAttention`.
+    "none" need a `CoreAttention`, and "offload" a `store`.
     """
     targets = lora.targets if lora else ()
     column = ModuleSpec(module=LoraColumnParallelLinear, params={"lora": lora})
@@ -141,7 +143,7 @@ def layer_spec(
     module: type = TransformerLayer
     params: dict[str, Any] = {}
     if memory_level != "none":
-        module, params = LeanTransformerLayer, {"level": memory_level}
+        module, params = LeanTransformerLayer, {"level": memory_level, "store": store}
     if elimination is not None:
         module, params = eliminating(module), params | {"elimination": elimination}
     return ModuleSpec(
@@ -213,7 +215,11 @@ def build_model(
         **(options or {}),
     )
     per_stage = spec.num_layers // pipeline
-    settings: dict[str, Any] = {"memory_level": memory_level, "elimination": elimination}
+    settings: dict[str, Any] = {
+        "memory_level": memory_level,
+        "elimination": elimination,
+        "store": HostStore(CudaCopies(device())) if memory_level == "offload" else None,
+    }
     layers = [layer_spec(spec, core_attention, lora, **settings)] * per_stage
     space = None
     if spec.subspace is not None:

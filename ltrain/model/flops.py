@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ltrain.config.memory import MemoryLevel
 from ltrain.model.spec import ModelSpec
 
 
@@ -46,7 +47,7 @@ def step_flops(
     lengths: Sequence[int],
     *,
     densities: Sequence[float] | None = None,
-    recompute_layers: int = 0,
+    memory_level: MemoryLevel = "none",
     kept: Sequence[float] | None = None,
     mode: str = "qkv",
 ) -> StepFlops:
@@ -55,8 +56,8 @@ def step_flops(
     `densities` is the fraction of visible pairs that attention computes, a number a layer; `kept` the
     fraction of tokens that token elimination keeps, and `mode` is its mode: `qkv` spares the projections,
     `layer` the MLP too, `q` neither (dropped tokens are keys), `backward` only the backward pass of
-    projections and attention, and projects the kept tokens twice. `recompute_layers` counts layers whose
-    linears run twice forward (attention is never recomputed). Scoring the blocks is not counted.
+    projections and attention, and projects the kept tokens twice. `memory_level` says which products run
+    twice forward (attention never does). Scoring the blocks is not counted.
     """
     tokens = sum(lengths)
     per_layer = attention_flops(spec, lengths)
@@ -67,10 +68,12 @@ def step_flops(
     kept = kept if kept is not None else [1.0] * spec.num_layers
     executed: float = 3 * head
     projections = 2 * spec.attention_matrix_parameters * tokens
+    again = memory_level in ("mlp", "full", "offload")
+    gate_up_again = 2 * 2 * spec.hidden_size * spec.ffn_hidden_size * tokens if again else 0
     for layer, flops in enumerate(per_layer):
-        passes = 4 if layer < recompute_layers else 3
+        passes = 4 if memory_level in ("full", "offload") else 3
         share, density = kept[layer], densities[layer]
-        mlp = passes * (linear - projections)
+        mlp = 3 * (linear - projections) + gate_up_again
         half = passes * projections * share + 3 * flops * density
         if mode == "layer":
             mlp *= share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,19 @@ def frozen_tensors(spec: ModelSpec, config: HFModel | NewModel) -> set[str]:
     if not lora and len(frozen) == len(names):
         raise ConfigError("model.freeze", config.freeze, "leaves nothing to train")
     return frozen
+
+
+def count_trained(spec: ModelSpec, config: HFModel | NewModel) -> int:
+    """Number of trained parameters of the whole model, adapters included."""
+    frozen = frozen_tensors(spec, config)
+    shapes = [shape for name, shape in hf_shapes(spec).items() if name not in frozen]
+    if isinstance(config.adapter, LoraAdapter):
+        # Here and not above, so that checking a configuration without adapters doesn't import mcore.
+        from ltrain.model.lora import adapter_shards
+
+        shards = adapter_shards(spec, config.adapter, stage=0, stages=1, tensor_rank=0, tensor_size=1)
+        shapes += [shard.shape for shard in shards.values()]
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def freeze_parameters(model: nn.Module, spec: ModelSpec, config: HFModel | NewModel, mesh: Mesh) -> None:

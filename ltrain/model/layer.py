@@ -4,6 +4,7 @@ Level        saved a token, in elements                       computed again in 
 `norms`      x, qkv, out, x', gate, up                        norms, rotary embedding, activation
 `mlp`        x, qkv, out, x'                                  gate and up too, in tiles
 `full`       x, out                                           qkv, x' too
+`offload`    out; x in host memory                            as `full`
 
 x and x' are the residual before either half, out is attention's output; the LSE, 4 bytes a head, is saved
 besides, and the index of a dynamic pattern. Attention, its selection, its exchange and the product `down`
@@ -21,35 +22,35 @@ from torch import Tensor
 from ltrain.attention.context import AttentionContext
 from ltrain.attention.half import AttentionHalf, Rebuild
 from ltrain.config.memory import MemoryLevel
+from ltrain.model.memory import tile_tokens
 from ltrain.model.mlp import MlpHalf
+from ltrain.parallel.offload import HostStore
 
 
 class LeanTransformerLayer(TransformerLayer):
     """mcore's layer, modules and parameter names unchanged, computed in two halves that save little.
 
     `attention_half(x, context)` gives the residual after attention and how to rebuild it; `mlp_half(x,
-    rebuild)` the layer's output. A replacement of the attention half keeps that signature. One that drops
-    tokens calls `self.lean_attention(x, context_of_kept_tokens, rows)`, which saves kept rows only; one
-    that computes something else builds on `ltrain.parallel.linear` and `AttentionHalf.vjp`.
+    rebuild)` the layer's output. Token elimination calls `lean_attention` on the kept tokens and `mlp_half`.
 
     Needs `CoreAttention`, RMSNorm or any other norm module, SwiGLU and no dropout.
     """
 
-    def __init__(self, *args: Any, level: MemoryLevel, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, level: MemoryLevel, store: HostStore | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        assert (store is not None) == (level == "offload")
         config = self.config
         assert level != "none" and config.gated_linear_unit and config.activation_func is F.silu
         assert config.hidden_dropout == 0 and config.activation_func_clamp_value is None
-        self.rebuilds_residual = level == "full"
+        self.rebuilds_residual = level in ("full", "offload")
         self.lean_attention = AttentionHalf(
-            self.input_layernorm, self.self_attention, save_qkv=level != "full"
+            self.input_layernorm, self.self_attention, save_qkv=not self.rebuilds_residual, store=store
         )
         self.lean_mlp = MlpHalf(
             self.pre_mlp_layernorm,
             self.mlp,
             save_gate_up=level == "norms",
-            # Wide enough for full-speed products, and no wider than the residual in bytes.
-            tile_tokens=max(1024, config.hidden_size),
+            tile_tokens=tile_tokens(config.hidden_size),
         )
 
     def attention_half(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Rebuild | None]:

@@ -91,8 +91,10 @@ def _tile_vjp(half: MlpHalf, x: Tensor, gate_up: Tensor | None, dy: Tensor, sums
     if gate_up is None:
         gate_up = column_forward(half.up, n, whole)
     active = swiglu(gate_up) if trains(half.down) else None
-    dgate_up = swiglu_vjp(gate_up, row_vjp(half.down, active, dy, sums))
-    del active, gate_up
+    dactive = row_vjp(half.down, active, dy, sums)
+    del active
+    dgate_up = swiglu_vjp(gate_up, dactive)
+    del gate_up, dactive
     return norm_vjp(half.norm, x, normed, column_vjp(half.up, n, whole, dgate_up, sums), sums)
 
 

@@ -233,7 +233,7 @@ def _new_named_group(ranks: list[int], name: str, backend: str) -> Any:
     from torch.distributed import distributed_c10d
 
     # torch before 2.12 knows ascending ranks only, and no such option.
-    order = {} if ranks == sorted(ranks) else {"sort_ranks": False}
+    order: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
     naming = distributed_c10d._process_group_name
     distributed_c10d._process_group_name = lambda ranks, use_hashed_name: name  # type: ignore
     try:

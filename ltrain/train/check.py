@@ -13,13 +13,13 @@ from ltrain.config.schema import RunConfig
 from ltrain.data.loader import Loader, open_corpus
 from ltrain.data.survey import survey
 from ltrain.model.flops import flops_per_token
-from ltrain.model.memory import GIB, estimate_memory, longest_context
+from ltrain.model.memory import GIB, bytes_per_token_layer, estimate_memory, levels, longest_context
 from ltrain.planner.command import compare
 from ltrain.planner.explain import comparison_table, plan_table, to_text
 from ltrain.planner.setup import cluster_of, plan_options
 from ltrain.planner.solve import plan_batch
 from ltrain.train.cost import nominal_cost
-from ltrain.train.plan import Plan, check_assignment, check_run, run_folder
+from ltrain.train.plan import Plan, check_assignment, check_run, memory_setting, run_folder
 from ltrain.train.plan_source import lengths_of
 
 
@@ -60,28 +60,31 @@ def check_lines(
     yield "passes", f"about {passes:.2g} over the documents that are trained on, before length filters"
     flops = flops_per_token(spec, train.seq_len)
     yield "FLOPs a token", f"{flops / 1e9:,.3f} G (forward and backward, one document of {train.seq_len:,})"
-    shards = plan.data_size * context.degree if config.optimizer.distributed else 1
-    facts = {
-        "bf16": train.dtype == "bf16",
-        "tensor": parallel.tensor,
-        "pipeline": parallel.pipeline,
-        "shards": shards,
-        "loss_chunk_tokens": train.loss_chunk_tokens,
-    }
+    setting = memory_setting(config, plan.spec, plan.data_size)
     tokens = -(-train.seq_len // context.degree)
     if planned is not None:
         cost = nominal_cost(config, planned, spec)
         tokens = max(cost.tokens_by_island(cluster_of(planned, pool)))
-    memory = estimate_memory(spec, tokens=tokens, **facts)
+    memory = estimate_memory(spec, tokens, setting)
+    ranks = pool if planned else context.degree
     yield (
         "memory a rank",
         f"{memory.total / GIB:.2f} GiB = parameters {memory.parameters / GIB:.2f} + gradients "
         f"{memory.gradients / GIB:.2f} + optimizer {memory.optimizer / GIB:.2f} + activations "
-        f"{memory.activations / GIB:.2f} + loss {memory.loss / GIB:.2f}",
+        f"{memory.activations / GIB:.2f} + one layer's workspace {memory.workspace / GIB:.2f} + loss "
+        f"{memory.loss / GIB:.2f}",
     )
-    longest = longest_context(spec, device_gib * GIB, context=pool if planned else context.degree, **facts)
+    longest = longest_context(spec, device_gib * GIB, ranks, setting)
     verdict = "fits" if train.seq_len <= longest else "does NOT fit"
     yield "longest context", f"about {longest:,} tokens in {device_gib:.0f} GiB a rank: seq_len {verdict}"
+    for other in levels(setting):
+        saved = bytes_per_token_layer(spec, other)
+        longest = longest_context(spec, device_gib * GIB, ranks, other)
+        chosen = " (this run)" if other.level == setting.level else ""
+        yield (
+            f"memory.level {other.level}",
+            f"{saved:,.0f} bytes saved a token and layer, longest context about {longest:,}{chosen}",
+        )
 
 
 def default_device_gib(world_size: int) -> float:

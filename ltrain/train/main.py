@@ -26,7 +26,7 @@ from ltrain.sync import SyncError, SyncRefused
 from ltrain.train.build import build_run
 from ltrain.train.checkpoint.folder import CheckpointError
 from ltrain.train.checkpoint.manager import CheckpointManager
-from ltrain.train.plan import check_assignment, check_run, run_folder, write_config
+from ltrain.train.plan import check_assignment, check_device, check_run, run_folder, write_config
 from ltrain.train.run import Run
 from ltrain.train.signals import die_with_parent
 from ltrain.train.trainer import NonFinite, Trainer
@@ -49,6 +49,7 @@ def train(config: RunConfig) -> int:
     a process group starts.
     """
     die_with_parent()
+    check_device(config)
     plan = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     main_process = os.environ.get("RANK", "0") == "0"
     if not main_process:

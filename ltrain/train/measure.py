@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from ltrain.metrics.sinks import Fanout, JsonLines, TensorBoard, WandB
 from ltrain.metrics.straggler import Straggler
 from ltrain.metrics.timers import Timers
 from ltrain.model.flops import step_flops
+from ltrain.model.memory import bytes_per_token_layer
 from ltrain.sync import SyncReport
 from ltrain.train.attention_meter import AttentionMeter
 from ltrain.train.batch import MicroBatch
 from ltrain.train.evaluate import Evaluation
 from ltrain.train.optimizer import OptimizerStep
+from ltrain.train.plan import memory_setting
 from ltrain.train.profile import Profiler
 from ltrain.train.run import Run
 from ltrain.train.step import StepResult
@@ -126,7 +129,8 @@ class Measure:
         )
         kept = [metrics.get(f"elim/kept_frac_by_layer/{i}", 1.0) for i in range(run.spec.num_layers)]
         mode = run.elimination.config.mode if run.elimination is not None else "qkv"
-        flops = step_flops(run.spec, lengths, densities=densities, kept=kept, mode=mode)
+        level = config.memory.level
+        flops = step_flops(run.spec, lengths, densities=densities, kept=kept, mode=mode, memory_level=level)
         tflops = flops.model / seconds / world / 1e12
         metrics |= {
             "train/loss": result.loss,
@@ -141,6 +145,9 @@ class Measure:
             "perf/tokens_per_s_per_gpu": config.train.tokens_per_step / seconds / world,
             "perf/tflops_per_gpu": tflops,
             "perf/tflops_executed_per_gpu": flops.executed / seconds / world / 1e12,
+            "mem/bytes_per_token_layer": bytes_per_token_layer(
+                run.spec, replace(memory_setting(config, run.spec, run.mesh.data.size), kept=kept, mode=mode)
+            ),
             "balance/compute_max_over_mean": max(compute) * world / sum(compute) if sum(compute) else 1.0,
             "balance/slowest_rank": float(compute.index(max(compute))),
             "balance/straggler_rank": float(self.straggler.rank),

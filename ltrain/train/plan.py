@@ -12,16 +12,19 @@ from ltrain.attention import patterns
 from ltrain.attention.profile import Profile
 from ltrain.attention.rope import Rope
 from ltrain.config.base import ConfigError
+from ltrain.config.model import LoraAdapter
 from ltrain.config.planner import PlannedAssignment
 from ltrain.config.schema import RunConfig
 from ltrain.config.stage_links import IdentityLinks, ProjectionLinks, slow_boundaries
 from ltrain.data.corpus import Corpus
 from ltrain.data.tokenizer import Tokenizer, load_tokenizer
 from ltrain.model.families import extend_rope, resolve_spec
-from ltrain.model.freeze import frozen_tensors
+from ltrain.model.freeze import count_trained, frozen_tensors
+from ltrain.model.memory import Setting
 from ltrain.model.pattern_weights import stored_pattern
 from ltrain.model.sources import check_weights
 from ltrain.model.spec import ModelSpec, Reparametrisation
+from ltrain.parallel import seam
 from ltrain.parallel.degrees import check_world, rows_per_step
 from ltrain.planner.setup import check_longest, cluster_of
 from ltrain.train.cost import base_cost
@@ -47,6 +50,13 @@ def context_length(config: RunConfig) -> int:
     """The longest document that the run trains on: what the model's context is afterwards."""
     longest = config.data.max_document_tokens if config.data.document_mask else None
     return min(config.train.seq_len, longest or config.train.seq_len)
+
+
+def check_device(config: RunConfig) -> None:
+    """Check what depends on the machine that trains, which need not be the one that plans."""
+    if config.memory.level == "offload" and seam.on_cpu():
+        rule = "needs a GPU: here activations are in host memory already"
+        raise ConfigError("memory.level", "offload", rule, "use full")
 
 
 def check_run(config: RunConfig, world_size: int) -> Plan:
@@ -144,6 +154,23 @@ def check_assignment(config: RunConfig, plan: Plan, corpus: Corpus) -> None:
     cost = base_cost(config, section, plan.spec)
     longest = longest_part(config, corpus)
     check_longest("document", longest, section, cluster, cost, parallel.context.block)
+
+
+def memory_setting(config: RunConfig, spec: ModelSpec, data_size: int) -> Setting:
+    """What the run's memory depends on beside its model; norms are one operation where there is a GPU."""
+    parallel, adapter = config.parallel, config.model.adapter
+    return Setting(
+        level=config.memory.level,
+        bf16=config.train.dtype == "bf16",
+        tensor=parallel.tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline=parallel.pipeline,
+        shards=data_size * parallel.context.degree if config.optimizer.distributed else 1,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+        adapter=adapter if isinstance(adapter, LoraAdapter) else None,
+        fused_norm=not seam.on_cpu(),
+        trained=count_trained(spec, config.model),
+    )
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

@@ -41,4 +41,9 @@ def test_executed_flops_are_the_models_at_neutral_settings():
     attention = 3 * 3 * 4 * 32 * visible_pairs(50)
     assert half.model == neutral.model
     assert half.executed == neutral.executed - attention / 2
-    assert step_flops(model, [50], recompute_layers=3).executed > neutral.executed
+    assert step_flops(model, [50], memory_level="norms").executed == neutral.executed
+    once_more = 2 * 50 * 3 * 2 * model.hidden_size * model.ffn_hidden_size
+    assert step_flops(model, [50], memory_level="mlp").executed == neutral.executed + once_more
+    attention = 2 * 50 * 3 * model.hidden_size * (2 * model.q_size + 2 * model.kv_size)
+    full = step_flops(model, [50], memory_level="full")
+    assert full.executed == neutral.executed + once_more + attention
