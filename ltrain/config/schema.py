@@ -230,13 +230,6 @@ def check_elimination(config: RunConfig, elimination: BlockElimination) -> None:
             "use smaller blocks or fewer strata",
         )
     pattern = config.attention.pattern
-    if pattern.kind in ("seer_gate", "nsa"):
-        raise ConfigError(
-            "attention.pattern.kind",
-            pattern.kind,
-            "trains weights on the whole sequence and can't be combined with elimination",
-            "take dense, sliding_window, s2, longgen, vertical_slash, xattention or block_topk",
-        )
     if isinstance(pattern, VerticalSlashFields) and pattern.verticals != "blocks":
         raise ConfigError(
             "attention.pattern.verticals",

@@ -15,6 +15,7 @@ from support.elimination import (
 )
 
 from ltrain.attention import patterns
+from ltrain.attention.rope import apply_rope
 from ltrain.elimination import select_blocks
 from ltrain.parallel.mesh import init_mesh, init_process_group
 
@@ -111,6 +112,35 @@ def test_windows_go_by_original_distances(mode, which, mesh, folder):
     _compare(layer, context, token_mask(kept, 72), mode, 72, mask)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pattern_found_by_distance_is_searched_in_the_whole_sequence(mode, mesh, folder):
+    found = patterns.vertical_slash(
+        observed=8,
+        window=8,
+        sinks=1,
+        max_verticals=2,
+        max_slashes=1,
+        vertical_p=0.5,
+        slash_p=0.4,
+        dense_below=0,
+    )
+    layer = _layer(folder, mesh, make_elimination(SCORES, mode=mode, ratio=0.4), pattern=found)
+    context = make_context(72)
+    x = torch.randn(72, 1, 32, generator=torch.Generator().manual_seed(8), dtype=torch.float64)  # _compare's
+    attention = layer.self_attention
+    tables = attention.core_attention.settings.rope.tables(context.rope_positions)
+    q, k, _ = attention.get_query_key_value_tensors(layer.input_layernorm(x))
+    q, k = (apply_rope(t.transpose(0, 1), *tables).detach() for t in (q, k))
+    blocks = found.index(
+        q=q, k=k, num_tokens=72, num_heads=q.shape[2], num_kv_heads=k.shape[2], block=BLOCK
+    ).to_mask()[0]
+    wide = blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
+    mask = visible(context) & wide.repeat_interleave(q.shape[2] // k.shape[2], 0)
+    assert 0.3 < mask.sum() / (len(mask) * visible(context).sum()) < 0.9
+    kept = select_blocks(SCORES[None], 0.4, strata=2)[0]
+    _compare(layer, context, token_mask(kept, 72), mode, 72, mask)
+
+
 def test_smaller_blocks_than_the_layouts(mesh, folder):
     scores = torch.rand(18, generator=torch.Generator().manual_seed(4))
     layer = _layer(folder, mesh, make_elimination(scores, block=4, ratio=0.4))
@@ -133,9 +163,9 @@ def test_dropped_rows_pass_untouched(mode, mesh, folder):
     if mode == "layer":
         out, _ = layer(x, packed_seq_params=context)
     else:
-        choice = layer.elimination.choose(1, layer._inputs(x.detach(), context))
+        inputs = layer._inputs(x.detach(), context)
         half = {"qkv": layer._kept, "q": layer._asking, "backward": layer._exact_forward}[mode]
-        out = half(x, context, choice)
+        out = half(x, inputs, layer.elimination.choose(1, inputs))
     out.backward(upstream)
     if mode == "q":
         # Dropped tokens are still keys: only their own row is that of the residual.
@@ -153,7 +183,8 @@ def test_dropped_rows_pass_untouched(mode, mesh, folder):
     if mode == "layer":
         again, _ = layer(other, packed_seq_params=fresh)
     else:
-        again = half(other, fresh, layer.elimination.choose(1, layer._inputs(other.detach(), fresh)))
+        inputs = layer._inputs(other.detach(), fresh)
+        again = half(other, inputs, layer.elimination.choose(1, inputs))
     again.backward(upstream)
     if mode == "backward":
         return
@@ -170,8 +201,8 @@ def test_positions_are_those_of_the_whole_sequence(mesh, folder, monkeypatch):
     out, _ = layer(x, packed_seq_params=make_context(72))
     inner = layer.elimination.excerpt
 
-    def renumbered(context, choice, given=None):
-        made = inner(context, choice, given)
+    def renumbered(inputs, choice, given=None):
+        made = inner(inputs, choice, given)
         made.rope_tables = None
         made.rope_positions = torch.arange(len(made.rope_positions), dtype=torch.int32)
         return made
@@ -229,13 +260,14 @@ def test_attention_saves_kept_rows_only(mode, mesh, folder):
     layer = _layer(folder, mesh, make_elimination(SCORES, mode=mode, ratio=0.4))
     context = make_context(72)
     x = torch.randn(72, 1, 32, dtype=torch.float64).requires_grad_()
-    choice = layer.elimination.choose(1, layer._inputs(x.detach(), context))
+    inputs = layer._inputs(x.detach(), context)
+    choice = layer.elimination.choose(1, inputs)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         if mode == "layer":
             layer(x, packed_seq_params=context)
         else:
-            {"qkv": layer._kept, "backward": layer._exact_forward}[mode](x, context, choice)
+            {"qkv": layer._kept, "backward": layer._exact_forward}[mode](x, inputs, choice)
     assert saved and not [shape for shape in saved if 72 in shape]
 
 
