@@ -123,3 +123,12 @@ def test_a_resolved_config_loads_again(tmp_path):
     config = load_config(CONFIGS / "quickstart_base.yaml")
     write_config(config, tmp_path)
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_combinations_page_is_current():
+    from ltrain.config.combinations import combinations_page
+
+    page = CONFIGS.parent / "docs" / "combinations.md"
+    assert page.read_text() == combinations_page(), (
+        "run: python -m ltrain.config.combinations > docs/combinations.md"
+    )
