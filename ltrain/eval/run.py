@@ -93,26 +93,31 @@ class _Evaluation:
     def run(self, chosen: Selection, tokenizer: Tokenizer, file: IO[str]) -> dict[str, Any]:
         """Evaluate; answers are written to `file` as they come."""
         self.file = file
-        found: dict[str, Any] = {}
         shared = chosen.perplexity and self.ranks.size > 1
+        found: dict[str, Any] = {}
         if chosen.tasks or chosen.needle or chosen.harness or not shared:
-            model = self._load()
-            if chosen.tasks:
-                found["tasks"] = {task.name: self._by_length(model, task) for task in chosen.tasks}
-            if chosen.needle:
-                found["needle"] = self._needle(model)
-            if chosen.perplexity and not shared:
-                found["perplexity"] = self._perplexity(model, tokenizer)
-            if chosen.harness:
-                found["lm_eval"] = self._harness(model, chosen.harness)
+            found = self._with_whole_model(chosen, None if shared else tokenizer)
         if shared:
             parallel = ContextParallelModel(self.folder, self.attention, dtype=self.settings.dtype)
             found["perplexity"] = self._perplexity(parallel, tokenizer)
         return found
 
-    def _load(self) -> EvalModel:
+    def _with_whole_model(self, chosen: Selection, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """What every rank asks of a model of its own; perplexity too where there is a tokenizer."""
+        found: dict[str, Any] = {}
         settings = self.settings
-        return load_model(self.folder, device=settings.device, dtype=settings.dtype, attention=self.attention)
+        model = load_model(
+            self.folder, device=settings.device, dtype=settings.dtype, attention=self.attention
+        )
+        if chosen.tasks:
+            found["tasks"] = {task.name: self._by_length(model, task) for task in chosen.tasks}
+        if chosen.needle:
+            found["needle"] = self._needle(model)
+        if chosen.perplexity and tokenizer is not None:
+            found["perplexity"] = self._perplexity(model, tokenizer)
+        if chosen.harness:
+            found["lm_eval"] = self._harness(model, chosen.harness)
+        return found
 
     def _ask(self, model: EvalModel, task: Any, length: int) -> dict[str, Any]:
         settings = self.settings

@@ -67,6 +67,8 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    # The harness lists all installed packages by running pip, which takes longer than the tasks.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     data = tmp_path / "data.jsonl"
     rows = [
         {"question": f"What colour has number {n}? ", "answer": n % 3, "expected": "red"} for n in range(4)
