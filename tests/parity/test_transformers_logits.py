@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from support.models import VARIANTS, build, hf_logits, our_logits, save_tiny
 
+from ltrain.attention import patterns
 from ltrain.config.rope import RopeConfig
 from ltrain.model.attention_file import parse_attention, read_attention
 from ltrain.model.families import extend_rope, read_spec
@@ -100,9 +101,9 @@ def test_an_exported_folder_says_what_it_was_trained_to_attend(tmp_path, mesh):
     spec = read_spec(save_tiny(tmp_path / "in", "llama"))
     model = build(spec, mesh)
     import_model(model, spec, mesh)
-    attention = parse_attention({"pattern": {"kind": "s2", "stride": 4}, "block": 16}, "test")
-    export_model(model, spec, mesh, tmp_path / "out", attention=attention)
-    assert read_attention(tmp_path / "out") == attention
+    export_model(model, spec, mesh, tmp_path / "out", pattern=patterns.s2(stride=4), block=16)
+    expected = parse_attention({"pattern": {"kind": "s2", "stride": 4}, "block": 16}, "test")
+    assert read_attention(tmp_path / "out") == expected
     assert read_attention(tmp_path / "in").pattern.kind == "dense"
     export_model(model, spec, mesh, tmp_path / "out")
     assert read_attention(tmp_path / "out").pattern.kind == "dense", "of an older export nothing is left"
