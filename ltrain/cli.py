@@ -67,6 +67,13 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     return run(args)
 
 
+def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
+    from ltrain.generation.command import run
+
+    _none(overrides)
+    return run(args)
+
+
 def _env(args: argparse.Namespace, overrides: list[str]) -> int:
     from ltrain.metrics.environment import print_environment
 
@@ -151,6 +158,7 @@ def _calibrate_elimination(args: argparse.Namespace, overrides: list[str]) -> in
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     from ltrain.eval.settings import add_options
+    from ltrain.generation.command import add_options as add_generate_options
 
     top = argparse.ArgumentParser(
         prog="ltrain",
@@ -188,6 +196,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
     text = "Evaluate a model folder at several lengths: retrieval, tracing, aggregation, QA, perplexity."
     add_options(add("eval", _eval, text, config=False))
+    text = "Continue prompts greedily, with a cache that holds what the model's attention pattern sees."
+    add_generate_options(add("generate", _generate, text, config=False))
     text = "Write report.html and plots of one run, or of several beside one another."
     report = add("report", _report, text, config=False)
     report.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folder of a run, outputs/NAME")

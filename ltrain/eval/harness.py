@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ltrain.config.base import ConfigError
-from ltrain.eval.model import EvalModel
+from ltrain.eval.model import EvalModel, SparseEvalModel
 
 PREFIX = "lm_eval:"
 
@@ -51,12 +51,7 @@ def run_harness(
         near = [name for name in sorted(known) if unknown[0].split("_")[0] in name][:5]
         fix = f"known with a like name: {', '.join(near)}" if near else "see `lm-eval ls tasks`"
         raise ConfigError("--tasks", PREFIX + unknown[0], "is no task of lm-eval", fix)
-    wrapped = lm_eval.models.huggingface.HFLM(
-        pretrained=model.model,
-        tokenizer=str(folder),
-        max_length=max(lengths),
-        batch_size=1,
-    )
+    wrapped = _wrapped(lm_eval, model, folder, max(lengths))
     try:
         outcome = lm_eval.simple_evaluate(
             model=wrapped,
@@ -78,3 +73,14 @@ def run_harness(
         fix = "fill the cache of Hugging Face data sets where there is a network"
         raise ConfigError("--tasks", ", ".join(tasks), f"could not read its data: {reason}", fix) from None
     return {"version": lm_eval.__version__, "results": outcome["results"]}
+
+
+def _wrapped(lm_eval: Any, model: EvalModel, folder: Path, max_length: int) -> Any:
+    """The harness's own wrapper for a dense model, ours for one that attends by a pattern."""
+    if isinstance(model, SparseEvalModel):
+        from ltrain.eval.harness_model import PatternModel
+
+        return PatternModel(model, folder, max_length)
+    return lm_eval.models.huggingface.HFLM(
+        pretrained=model.model, tokenizer=str(folder), max_length=max_length, batch_size=1
+    )

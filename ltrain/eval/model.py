@@ -1,20 +1,36 @@
-"""A model in a Hugging Face folder: loss of given tokens, greedy generation, and caches that are shared."""
+"""A model in a Hugging Face folder: loss of given tokens, greedy generation, and caches that are shared.
+
+With dense attention it runs as `transformers` runs it, else under its pattern (`ltrain.generation`).
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltrain.config.base import ConfigError
 from ltrain.data.tokenizer import Tokenizer, load_tokenizer
+from ltrain.generation.loading import load_sparse, load_transformers
+from ltrain.generation.model import SparseModel
+from ltrain.model.attention_file import TrainedAttention
 
 CHUNK_TOKENS = 2048
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def plain_tokens(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """The function from a text to its token ids, without begin and end."""
+
+    def tokens(text: str) -> list[int]:
+        ids = tokenizer.encode(text)
+        start = 0 if tokenizer.bos_id is None else 1
+        end = len(ids) - (0 if tokenizer.eos_id is None else 1)
+        return [int(i) for i in ids[start:end]]
+
+    return tokens
 
 
 class Prefix:
@@ -39,10 +55,7 @@ class EvalModel:
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of the text alone, without begin and end."""
-        ids = self.tokenizer.encode(text)
-        start = 0 if self.tokenizer.bos_id is None else 1
-        end = len(ids) - (0 if self.tokenizer.eos_id is None else 1)
-        return [int(i) for i in ids[start:end]]
+        return plain_tokens(self.tokenizer)(text)
 
     def _forward(self, ids: list[int], prefix: Prefix | None, keep: int) -> Any:
         batch = torch.tensor([ids], device=self.device)
@@ -97,8 +110,69 @@ class EvalModel:
             if "\n" in text.lstrip() and text.strip():
                 return text.lstrip().split("\n")[0]
             if len(ids) < max_tokens:
-                prefix = self.read([best], prefix)
+                prefix = self.step(best, prefix)
         return self.tokenizer.decode(ids)
+
+    def step(self, token: int, prefix: Prefix) -> Prefix:
+        """Read a token that was generated, after `prefix` (which is used up)."""
+        return self.read([token], prefix)
+
+    def cache_bytes(self, prefix: Prefix) -> tuple[int, int] | None:
+        """Bytes of a prefix's cache, and of a dense one; None where the model's kind of cache is unknown."""
+        layers = getattr(prefix.cache, "layers", None)
+        if layers is None:
+            return None
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        return held, held
+
+
+class SparseEvalModel(EvalModel):
+    """A model that attends by its pattern. A text is read at once, since patterns look at all of it."""
+
+    def __init__(self, sparse: SparseModel, tokenizer: Tokenizer, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        super().__init__(sparse.model, tokenizer, chunk_tokens)
+        self.sparse = sparse
+
+    def _hidden(self, ids: list[int], prefix: Prefix | None, *, search: bool) -> tuple[Tensor, Any]:
+        cache = self.sparse.new_cache() if prefix is None else prefix.cache
+        return self.sparse.hidden(torch.tensor([ids]), [cache], search=search)[0], cache
+
+    @torch.no_grad()
+    def read(self, ids: list[int], prefix: Prefix | None = None, *, search: bool = True) -> Prefix:
+        """As for any model; `search`: the tokens are a prompt, from which the pattern is found anew."""
+        if not ids:
+            return super().read(ids, prefix)
+        hidden, cache = self._hidden(ids, prefix, search=search)
+        return Prefix(cache, self.sparse.logits(hidden[-1]), cache.length)
+
+    def losses(self, ids: list[int], prefix: Prefix | None = None) -> Tensor:
+        return self.scored(ids, prefix)[0]
+
+    @torch.no_grad()
+    def scored(self, ids: list[int], prefix: Prefix | None = None) -> tuple[Tensor, list[int]]:
+        """`losses`, and the likeliest token in each one's place."""
+        if not ids:
+            return torch.zeros(0), []
+        # After a prefix the tokens are an answer: decoded, not searched.
+        hidden, _ = self._hidden(ids, prefix, search=prefix is None)
+        targets = torch.tensor(ids if prefix is not None else ids[1:], device=self.device)
+        first = [] if prefix is None else [prefix.logits[None]]
+        found, best, at = [], [], 0
+        for start in range(0, len(ids), self.chunk_tokens):
+            # Each chunk's last row predicts the next chunk's first token.
+            rows = self.sparse.logits(hidden[start : start + self.chunk_tokens])
+            logits = torch.cat([*first, rows])[: len(targets) - at]
+            wanted = targets[at : at + len(logits)]
+            found.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+            best += logits.argmax(-1).tolist()
+            first, at = [], at + len(wanted)
+        return torch.cat(found).cpu(), best
+
+    def step(self, token: int, prefix: Prefix) -> Prefix:
+        return self.read([token], prefix, search=False)
+
+    def cache_bytes(self, prefix: Prefix) -> tuple[int, int] | None:
+        return prefix.cache.nbytes, self.sparse.dense_bytes(prefix.num_tokens)
 
 
 def _may_break(token: int, newline: Iterable[int], tokenizer: Tokenizer) -> bool:
@@ -106,32 +180,14 @@ def _may_break(token: int, newline: Iterable[int], tokenizer: Tokenizer) -> bool
     return token in newline or "\n" in tokenizer.decode([token])
 
 
-def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> EvalModel:
-    """Load a model and its tokenizer from a folder, without any network.
+def load_model(
+    folder: Path, *, device: str = "auto", dtype: str = "auto", attention: TrainedAttention | None = None
+) -> EvalModel:
+    """Load a model and its tokenizer from a folder, as `load_transformers` does.
 
-    `device` `auto` is the first GPU where there is one; `dtype` `auto` is the folder's own. Raises
-    ConfigError where the folder holds no such model.
+    `attention` is what the model attends, dense by default. Raises ConfigError where the folder holds no such
+    model.
     """
-    if not (folder / "config.json").is_file():
-        rule = "is not a model folder: it has no config.json"
-        raise ConfigError("MODEL", str(folder), rule, "name a folder that `ltrain export` or training wrote")
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-        if place.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device", device, "is not there: no usable GPU", "use --device cpu")
-    except RuntimeError:
-        raise ConfigError("--device", device, "is no device", "use auto, cpu or cuda") from None
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=DTYPES.get(dtype, "auto"), local_files_only=True
-        )
-    except Exception as error:  # damaged weights and unknown architectures raise all kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError("MODEL", str(folder), f"cannot be loaded: {reason}", "export it again") from None
-    return EvalModel(model.to(place), load_tokenizer(str(folder)))
+    if attention is not None and attention.pattern.kind != "dense":
+        return SparseEvalModel(*load_sparse(folder, attention, device=device, dtype=dtype))
+    return EvalModel(load_transformers(folder, device=device, dtype=dtype), load_tokenizer(str(folder)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,12 @@ from ltrain.config.base import ConfigError
 from ltrain.config.data import DataConfig, TextTree
 from ltrain.data.corpus import open_corpus
 from ltrain.data.tokenizer import Tokenizer
-from ltrain.eval.model import EvalModel
+
+
+class Losses(Protocol):
+    """A model that gives the loss (nats) of every token of a text but the first, fp32 [T - 1], on the CPU."""
+
+    def losses(self, ids: list[int]) -> Tensor: ...
 
 
 @dataclass
@@ -39,7 +44,7 @@ def bucket_end(value: int) -> int:
     return max(128, 1 << value.bit_length())
 
 
-def window_losses(model: EvalModel, tokens: Sequence[int], window: int) -> Tensor:
+def window_losses(model: Losses, tokens: Sequence[int], window: int) -> Tensor:
     """Loss of every token of a document but the first, fp32 [T - 1]; no token sees more than `window` back.
 
     Windows overlap by half: behind the first window every target has between half a window and a window of
@@ -58,7 +63,7 @@ def window_losses(model: EvalModel, tokens: Sequence[int], window: int) -> Tenso
     return torch.cat(found)
 
 
-def perplexity(model: EvalModel, documents: Sequence[Sequence[int]], window: int) -> dict[str, Any]:
+def perplexity(model: Losses, documents: Sequence[Sequence[int]], window: int) -> dict[str, Any]:
     """Loss over the documents with a window of `window` tokens: mean, by position of the token that predicts,
     and by length of its document.
     """

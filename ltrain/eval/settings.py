@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from ltrain.config.base import ConfigError
 @dataclass(frozen=True)
 class EvalSettings:
     """How to evaluate. `samples` per task and length (needle: per depth and length); `text`, `holdout`,
-    `cache` and `max_text_tokens` are of perplexity, `limit` and `include` of lm-eval.
+    `cache` and `max_text_tokens` are of perplexity, `limit` and `include` of lm-eval. `attention` and `block`
+    are as `choose_attention` takes them; `beyond_context` allows lengths that the model is not made for.
     """
 
     samples: int = 4
@@ -25,6 +27,9 @@ class EvalSettings:
     cache: Path = Path(".cache/ltrain")
     device: str = "auto"
     dtype: str = "auto"
+    attention: str = "trained"
+    block: int | None = None
+    beyond_context: bool = False
     limit: int | None = None
     include: Path | None = None
 
@@ -41,6 +46,30 @@ class EvalSettings:
             raise ConfigError("--depths", list(self.depths), "must be shares from 0 to 1")
         if not 0 <= self.holdout < 1:
             raise ConfigError("--holdout", self.holdout, "must be at least 0 and below 1")
+
+
+def check_context(folder: Path, lengths: Sequence[int], *, beyond: bool = False) -> int | None:
+    """The context that a model folder states, None where it states none.
+
+    Raises ConfigError where a length is longer, unless `beyond` allows it.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        rule = f"has a config.json that cannot be read: {error}"
+        raise ConfigError("MODEL", str(folder), rule, "export the model again") from None
+    context = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    if not isinstance(context, int):
+        return None
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) == "dynamic":
+        # The field keeps the context before scaling; this kind goes on beyond it by its factor.
+        context = int(context * float(rope.get("factor", 1)))
+    if max(lengths) > context and not beyond:
+        rule = f"is longer than the model's context, max_position_embeddings={context}"
+        fix = f"use lengths up to {context}, or --beyond-context"
+        raise ConfigError("--lengths", max(lengths), rule, fix)
+    return context
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -78,5 +107,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--cache", type=Path, default=default.cache, help="folder of tokenised text")
     add("--device", default=default.device, help="auto, cpu or cuda")
     add("--dtype", choices=("auto", "fp32", "bf16"), default=default.dtype, help="type of the weights")
+    add(
+        "--attention",
+        default=default.attention,
+        metavar="A",
+        help="trained (as ltrain.json says), dense, or a pattern as YAML: '{kind: s2, stride: 8}'",
+    )
+    add("--block", type=int, default=None, metavar="N", help="tokens of a block (default: as trained)")
+    add("--beyond-context", action="store_true", help="allow lengths above max_position_embeddings")
     add("--limit", type=int, default=None, help="lm-eval: samples of a task")
     add("--include", type=Path, default=None, metavar="DIR", help="lm-eval: folder of further task files")

@@ -23,13 +23,19 @@ def _value(rng: np.random.Generator) -> str:
 @dataclass(frozen=True)
 class VariableTracking:
     """`num_chains` chains, each a value that is handed on over `num_hops` assignments; asked is for every
-    variable that holds the first chain's value. Assignments stand in their order, noise between them.
+    variable that holds the value of each of the first `num_asked` chains, a turn each. Assignments of a chain
+    stand in their order, noise and those of other chains between them.
     """
 
     num_chains: int = 1
     num_hops: int = 4
+    num_asked: int = 1
 
     def __call__(self, rng: np.random.Generator, size: int) -> Sample:
+        return Sample(*self.parts(rng, size))
+
+    def parts(self, rng: np.random.Generator, size: int) -> tuple[str, tuple[Turn, ...]]:
+        """The context, and a turn for each chain that is asked for."""
         length = self.num_hops + 1
         names = distinct(rng, _variable, self.num_chains * length)
         values = distinct(rng, _value, self.num_chains)
@@ -45,11 +51,15 @@ class VariableTracking:
             ]
         text = "\n".join(line for *_, line in sorted(lines))
         context = f"Variables are assigned in the text below. Follow the assignments.\n\n{text}\n\n"
-        question = (
-            f"Question: which variables hold the value {values[0]}?\n"
-            f"Answer: these {length} variables hold the value {values[0]}:"
+        turns = tuple(
+            Turn(
+                f"Question: which variables hold the value {value}?\n"
+                f"Answer: these {length} variables hold the value {value}:",
+                tuple(names[c * length : (c + 1) * length]),
+            )
+            for c, value in enumerate(values[: self.num_asked])
         )
-        return Sample(context, (Turn(question, tuple(names[:length])),))
+        return context, turns
 
 
 TASKS = (Task("vt", VariableTracking()),)

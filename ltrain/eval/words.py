@@ -88,9 +88,19 @@ def identifier(rng: np.random.Generator) -> str:
     return str(uuid.UUID(bytes=rng.bytes(16), version=4))
 
 
+# Repeats in a row after which there are few new words left.
+TIRED = 20
+
+
 def distinct(rng: np.random.Generator, make: Callable[[np.random.Generator], str], count: int) -> list[str]:
-    """`count` different results of `make(rng)`."""
+    """`count` different results of `make(rng)`; where they run out, two joined by a hyphen."""
     found: dict[str, None] = {}
+    repeats = 0
     while len(found) < count:
-        found[make(rng)] = None
+        made = make(rng) if repeats < TIRED else f"{make(rng)}-{make(rng)}"
+        if made in found:
+            repeats += 1
+        else:
+            found[made] = None
+            repeats = repeats if repeats >= TIRED else 0
     return list(found)

@@ -11,6 +11,7 @@ import torch
 
 from ltrain.config.base import ConfigError
 from ltrain.config.model import LoraAdapter
+from ltrain.model import attention_file
 from ltrain.model.families import FAMILIES
 from ltrain.model.families.base import read_json
 from ltrain.model.sharding import hf_shapes
@@ -78,13 +79,17 @@ class FolderWriter(_Folder):
         file_of = plan_files(shapes, dtype.itemsize, max_file_bytes)
         self.files = TensorFiles(self.partial, shapes, file_of, dtype)
 
-    def finish(self, tokenizer: SavesTokenizer | None) -> None:
+    def finish(
+        self, tokenizer: SavesTokenizer | None, attention: attention_file.TrainedAttention | None = None
+    ) -> None:
         """Write the small files and give the folder its name."""
         self.files.check_complete()
         if len(set(self.files.file_of.values())) > 1:
             index = {"metadata": {"total_size": self.files.num_bytes}, "weight_map": self.files.file_of}
             _write_json(self.partial / INDEX, index)
         _write_json(self.partial / "config.json", config_json(self.spec, self.dtype))
+        if attention is not None:
+            _write_json(self.partial / attention_file.NAME, attention.file())
         self._copy_small_files()
         if tokenizer is not None:
             tokenizer.save(self.partial)

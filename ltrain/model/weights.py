@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ltrain.attention.patterns import Pattern
 from ltrain.config.base import ConfigError
 from ltrain.config.model import LoraAdapter
+from ltrain.model.attention_file import trained_attention
 from ltrain.model.export_files import AdapterWriter, FolderWriter, SavesTokenizer
 from ltrain.model.lora import adapter_shapes, adapter_shards
 from ltrain.model.pattern_weights import LEARNED, PatternFiles, gather_pattern, pattern_shapes
@@ -92,10 +93,10 @@ def export_model(
 ) -> None:
     """Write the model as a Hugging Face folder that replaces `folder` only once it is whole. Collective.
 
-    Adapters are merged. Weights that `pattern` (in blocks of `block` tokens) learned go to files of their
-    own. Rank 0 receives one parameter at a time and holds at most about one file (`max_file_bytes`) in
-    memory. The tensors keep the parameters' type. Raises OSError or ConfigError, on
-    every rank, where the folder can't be written.
+    Adapters are merged. `pattern`, in blocks of `block` tokens, is what the model was trained to attend:
+    `ltrain.json` names it, and weights that it learned go to files of their own. Rank 0 receives one
+    parameter at a time and holds at most about one file (`max_file_bytes`) in memory. The tensors keep the
+    parameters' type. Raises OSError or ConfigError, on every rank, where the folder can't be written.
     """
     parameters = base_parameters(model, _shards(spec, mesh, mesh.pipeline.rank, mesh.tensor.rank))
     dtype = next(iter(parameters.values())).dtype
@@ -118,7 +119,8 @@ def export_model(
 
         gather_pattern(model, spec, pattern, mesh, dtype, take_learned)
         failure.guard(lambda: extra[0].finish())
-    failure.guard(lambda: writer[0].finish(tokenizer))
+    trained = None if pattern is None else trained_attention(pattern, block)
+    failure.guard(lambda: writer[0].finish(tokenizer, trained))
     if failure.error is not None:
         writer[0].abandon()
     failure.raise_together()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ltrain.config.base import ConfigError
+from ltrain.report import evaluations
 from ltrain.report.figures import draw, to_png, to_svg
 from ltrain.report.page import page
 from ltrain.report.panels import PANELS
@@ -24,6 +26,13 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> tuple[Path
     runs = _distinct([read_run(folder) for folder in folders])
     tables = [table for run in runs if (table := position_table(run)) is not None]
     tables.append(facts_table(runs))
+    evaluated = [
+        (f"{name} of {run.name}" if len(runs) > 1 else name, results)
+        for run in runs
+        for name, results in evaluations.read_evaluations(run.folder)
+    ]
+    for name, results in evaluated:
+        tables += [replace(table, title=f"{name}: {table.title}") for table in evaluations.tables(results)]
     out = out or folders[0]
     pictures = out / "report"
     try:
@@ -42,6 +51,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> tuple[Path
         drawing = draw(panel, runs, PLACEHOLDERS)
         assert drawing is not None
         charts.append((panel.title, with_variables(to_svg(drawing, panel.key))))
+    for number, (name, results) in enumerate(evaluated):
+        for key, title, drawing in evaluations.figures(results, PLACEHOLDERS):
+            charts.append((f"{name}: {title}", with_variables(to_svg(drawing, f"eval{number}_{key}"))))
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(r.name for r in runs)}"
     path = out / "report.html"
     temporary = path.with_name(f".{path.name}.tmp")
@@ -72,10 +84,19 @@ def _distinct(runs: list[RunLog]) -> list[RunLog]:
 def print_report(folders: Sequence[Path], out: Path | None = None) -> int:
     """Write the report, and its tables to the terminal."""
     from rich.console import Console
+
+    path, tables = write_report(folders, out)
+    print_tables(tables)
+    Console().print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def print_tables(tables: Sequence[Table]) -> None:
+    """Tables on the terminal."""
+    from rich.console import Console
     from rich.table import Table as Grid
     from rich.text import Text
 
-    path, tables = write_report(folders, out)
     console = Console()
     for table in tables:
         grid = Grid(title=Text(table.title), title_justify="left", title_style="bold")
@@ -87,5 +108,3 @@ def print_report(folders: Sequence[Path], out: Path | None = None) -> int:
         for note in table.notes:
             console.print(note, markup=False, highlight=False)
         console.print()
-    console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
-    return 0

@@ -8,7 +8,9 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from support.models import VARIANTS, build, hf_logits, our_logits, save_tiny
 
+from ltrain.attention import patterns
 from ltrain.config.rope import RopeConfig
+from ltrain.model.attention_file import parse_attention, read_attention
 from ltrain.model.families import extend_rope, read_spec
 from ltrain.model.sources import check_weights
 from ltrain.model.weights import export_model, import_model
@@ -93,3 +95,15 @@ def test_the_older_rope_fields_give_the_same_model(tmp_path, mesh):
     config["rope_scaling"] = rope
     path.write_text(json.dumps(config))
     assert read_spec(source) == spec
+
+
+def test_an_exported_folder_says_what_it_was_trained_to_attend(tmp_path, mesh):
+    spec = read_spec(save_tiny(tmp_path / "in", "llama"))
+    model = build(spec, mesh)
+    import_model(model, spec, mesh)
+    export_model(model, spec, mesh, tmp_path / "out", pattern=patterns.s2(stride=4), block=16)
+    expected = parse_attention({"pattern": {"kind": "s2", "stride": 4}, "block": 16}, "test")
+    assert read_attention(tmp_path / "out") == expected
+    assert read_attention(tmp_path / "in").pattern.kind == "dense"
+    export_model(model, spec, mesh, tmp_path / "out")
+    assert read_attention(tmp_path / "out").pattern.kind == "dense", "of an older export nothing is left"

@@ -17,9 +17,10 @@ ALLOWED = {
     "data": {"config", "metrics"},
     "sync": {"config", "metrics", "parallel"},
     "report": {"config", "metrics"},
-    "eval": {"config", "metrics", "parallel", "attention", "model", "data"},
+    "generation": {"config", "attention", "model", "data"},
+    "eval": {"config", "metrics", "parallel", "attention", "model", "data", "generation", "report"},
 }
-ALLOWED["train"] = set(ALLOWED) - {"eval", "report"}
+ALLOWED["train"] = set(ALLOWED) - {"eval", "generation", "report"}
 # `ltrain env` and `ltrain report` read configurations; errors are configuration errors everywhere.
 BASE = "ltrain.config.base"
 

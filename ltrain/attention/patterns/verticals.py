@@ -144,6 +144,7 @@ def selected_attention(
     *,
     doc_ids: Tensor | None = None,
     tiles: Tiles | None = None,
+    window: int | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -152,19 +153,19 @@ def selected_attention(
 
     q [B, T, Hq, D], k and v [B, T, Hkv, .] in document order, the whole sequence; doc_ids int [T] or [B,
     T]. `tiles` are the selection's verticals in tiles where they were made before (they are a constant of
-    the layer).
+    the layer). window: a query sees keys less than so many tokens before it.
     """
     position = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
     near = block_sparse_attention(
         q, k, v, selection.index, q_pos=position, k_pos=position, q_doc=doc_ids, k_doc=doc_ids,
-        scale=scale, backend=backend,
+        window=window, scale=scale, backend=backend,
     )  # fmt: skip
     if selection.verticals is None:
         return near
     tiles = tiles or selection.verticals.tiles(selection.index)
     if not tiles.ids.shape[-1]:
         return near
-    return merge([near, _vertical_part(q, k, v, tiles, position, doc_ids, scale, backend)])
+    return merge([near, _vertical_part(q, k, v, tiles, position, doc_ids, window, scale, backend)])
 
 
 def _vertical_part(
@@ -174,6 +175,7 @@ def _vertical_part(
     tiles: Tiles,
     position: Tensor,
     doc_ids: Tensor | None,
+    window: int | None,
     scale: float | None,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
@@ -191,7 +193,8 @@ def _vertical_part(
         key_doc = query_doc.gather(1, ids.clamp(min=0))
     out, lse = block_sparse_attention(
         folded, gather_rows(k, tiles.ids), gather_rows(v, tiles.ids), tiles.index,
-        q_pos=position, k_pos=key_pos, q_doc=query_doc, k_doc=key_doc, scale=scale, backend=backend,
+        q_pos=position, k_pos=key_pos, q_doc=query_doc, k_doc=key_doc, window=window, scale=scale,
+        backend=backend,
     )  # fmt: skip
     out = out.view(batch, heads, length, group, -1).transpose(1, 2).reshape(batch, length, num_heads, -1)
     return out, lse.view(batch, heads, group, length).reshape(batch, num_heads, length)

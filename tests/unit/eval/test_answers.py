@@ -80,5 +80,5 @@ def test_chunks_do_not_change_losses_or_what_was_read():
 def test_lengths_are_checked_and_samples_counted():
     model = scripted(lambda text: "")
     with pytest.raises(ValueError, match="too short for vt"):
-        check_lengths(model, [TASKS["vt"]], [4096, 64], 0)
+        check_lengths(model.tokenizer, [TASKS["vt"]], [4096, 64], 0)
     assert len(list(ask(model, TASKS["kv_turns"], 1024, samples=2, seed=0))) == 10

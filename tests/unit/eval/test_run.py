@@ -1,6 +1,7 @@
 """`ltrain eval` over a folder: files, determinism, refusals; a real model against plain `transformers`."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -12,6 +13,9 @@ from ltrain.config.base import ConfigError
 from ltrain.data.tokenizer import byte_tokenizer
 from ltrain.eval.model import load_model
 from ltrain.eval.run import EvalSettings, run_eval
+from ltrain.model.attention_file import NAME, parse_attention
+
+SPARSE = {"pattern": {"kind": "s2", "local_blocks": 2, "stride": 2}, "block": 16}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,13 @@ def test_generation_equals_that_of_transformers(folder):
 
 def test_files_and_results_and_that_they_repeat(folder, text, tmp_path):
     settings = EvalSettings(
-        samples=1, depths=(0.0, 1.0), text=text, holdout=0.0, cache=tmp_path / "cache", device="cpu"
+        samples=1,
+        depths=(0.0, 1.0),
+        text=text,
+        holdout=0.0,
+        cache=tmp_path / "cache",
+        device="cpu",
+        beyond_context=True,
     )
     tasks = ["needle", "niah_single_2", "kv_turns", "perplexity"]
     results = run_eval(folder, tasks, [1088, 1152], tmp_path / "out", settings)
@@ -73,7 +83,7 @@ def test_files_and_results_and_that_they_repeat(folder, text, tmp_path):
     assert len(stored["needle"]["scores"]) == 2 and len(stored["needle"]["scores"][0]) == 2
     assert [entry["window"] for entry in stored["perplexity"]] == [1088, 1152]
     assert len(stored["tasks"]["kv_turns"]["1088"]["score_by_turn"]) == 5
-    for name in ("needle.png", "perplexity.png"):
+    for name in ("needle.png", "perplexity.png", "tasks.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
     assert len(lines) == 2 * (2 + 1 + 5)
@@ -98,6 +108,13 @@ def test_the_command_prints_tables(folder, text, tmp_path, capsys):
         ({"tasks": ["unknown"]}, "is no task"),
         ({"lengths": [100]}, "too short"),
         ({"device": "abacus"}, "is no device"),
+        ({"lengths": [512, 513]}, "longer than the model's context, max_position_embeddings=512"),
+        ({"attention": "sparse"}, "must be trained, dense or a pattern"),
+        ({"attention": "{kind: s3}"}, "--attention: pattern"),
+        ({"attention": "{kind: s2, strid: 2}"}, "--attention: pattern.s2.strid"),
+        ({"attention": "{kind: nsa}"}, "weights of its own"),
+        ({"attention": "{kind: s2, stride: 0}"}, "must be greater than 0"),
+        ({"block": 0}, "--attention: block"),
     ],
 )
 def test_wrong_input_is_named(folder, tmp_path, change, rule):
@@ -107,11 +124,79 @@ def test_wrong_input_is_named(folder, tmp_path, change, rule):
 
 
 def test_folders_that_are_no_model_are_named(tmp_path, capsys):
+    assert main(["eval", str(tmp_path / "absent"), "--lengths", "512"]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
     assert main(["eval", str(tmp_path), "--lengths", "512"]) == 2
     assert "has no config.json" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("{}")
     assert main(["eval", str(tmp_path), "--lengths", "512", "--device", "cpu"]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def sparse_folder(tmp_path_factory):
+    made = save_tiny(
+        tmp_path_factory.mktemp("sparse") / "tiny", "qwen3", vocab_size=258, max_position_embeddings=2048
+    )
+    byte_tokenizer().save(made)
+    (made / NAME).write_text(json.dumps(parse_attention(SPARSE, "test").file()))
+    return made
+
+
+def test_a_model_runs_with_the_attention_that_it_was_trained_with(sparse_folder, tmp_path, capsys):
+    def scores(**change):
+        settings = EvalSettings(samples=1, device="cpu", **change)
+        return run_eval(sparse_folder, ["kv_turns"], [1024], tmp_path / "out", settings)
+
+    trained, dense = scores(), scores(attention="dense")
+    assert trained["attention"] == parse_attention(SPARSE, "test").model_dump(mode="json")
+    assert dense["attention"]["pattern"]["kind"] == "dense"
+    cells = [found["tasks"]["kv_turns"][1024] for found in (trained, dense)]
+    assert cells[0]["reference_loss"] != pytest.approx(cells[1]["reference_loss"], abs=1e-3)
+    assert cells[0]["cache"]["bytes"] < 0.7 * cells[0]["cache"]["dense_bytes"]
+    assert cells[1]["cache"]["bytes"] == cells[1]["cache"]["dense_bytes"]
+    # An S2 of one shard that holds all blocks is dense attention.
+    whole = scores(attention="{kind: s2, local_blocks: 1, stride: 1}")["tasks"]["kv_turns"][1024]
+    assert whole["reference_loss"] == pytest.approx(cells[1]["reference_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["s2", "vertical_slash", "block_topk"])
+def test_losses_of_a_sparse_model_do_not_depend_on_how_they_are_computed(sparse_folder, kind):
+    pattern = {**SPARSE["pattern"], "kind": kind} if kind == "s2" else {"kind": kind}
+    attention = parse_attention({"pattern": pattern, "block": 16}, "test")
+    model = load_model(sparse_folder, device="cpu", attention=attention)
+    ids = model.tokens("The quick brown fox jumps over the lazy dog. " * 4)
+    whole = model.losses(ids)
+    model.chunk_tokens = 7
+    assert torch.equal(model.losses(ids), whole), "chunks are of logits only"
+    prefix = model.read(ids[:100])
+    after = model.losses(ids[100:120], prefix.copy())
+    one_by_one = []
+    for token in ids[100:120]:
+        one_by_one.append(float(-prefix.logits.log_softmax(-1)[token]))
+        prefix = model.step(token, prefix)
+    torch.testing.assert_close(after, torch.tensor(one_by_one), atol=1e-5, rtol=1e-5)
+    if kind == "s2":
+        torch.testing.assert_close(after, whole[99:119], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "must have schema 1"),
+        ('{"schema": 2}', "it has 2"),
+        ('{"schema": 1, "attention": {"pattern": {"kind": "s2", "stride": -1}}}', "must be greater than 0"),
+        ('{"schema": 1, "attention": {"pattern": {"kind": "block_topk"}, "blocks": 3}}', "blocks"),
+    ],
+)
+def test_a_damaged_attention_file_is_named(folder, tmp_path, text, rule):
+    made = tmp_path / "model"
+    shutil.copytree(folder, made)
+    (made / NAME).write_text(text)
+    with pytest.raises(ConfigError, match=rule) as raised:
+        run_eval(made, ["vt"], [512], tmp_path / "out", EvalSettings(device="cpu"))
+    assert NAME in str(raised.value)
 
 
 def test_without_lm_eval_the_error_says_how_to_get_it(folder, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from ltrain.data.tokenizer import byte_tokenizer
 from ltrain.eval.fit import LARGEST, encode, fit, generator
 from ltrain.eval.sample import Sample, Task, Turn, score
 from ltrain.eval.tasks import GROUPS, TASKS, needle_task, select
+from ltrain.eval.words import distinct
 
 LENGTH = 4096
 
@@ -158,3 +159,59 @@ def test_any_tokenizer_of_the_project_gives_the_parts_back():
     sample = build("kv_turns", 5)
     parts = encode(sample, lambda text: tokenizer.encode(text)[1:-1].tolist(), tokenizer.bos_id)
     assert tokenizer.decode(parts.context) == sample.context
+
+
+def test_words_that_run_out_are_joined():
+    found = distinct(generator(0, "x"), lambda rng: "ab"[int(rng.integers(2))], 6)
+    assert {"a", "b"} <= set(found) and len(set(found)) == 6
+    assert set(found) == {"a", "b", "a-a", "a-b", "b-a", "b-b"}
+
+
+def test_a_prefix_and_a_suffix_name_one_string_and_neither_does_alone():
+    sample = build("prefix_suffix_turns", 64)
+    strings = sample.context.split("\n", 1)[1].split()
+    assert len({len(s) for s in strings}) > 5
+    for turn in sample.turns:
+        head, tail = re.findall(r'"(\w+)"', turn.question)
+        starts = [s for s in strings if s.startswith(head)]
+        ends = [s for s in strings if s.endswith(tail)]
+        assert len(starts) > 1 and len(ends) > 1
+        assert set(starts) & set(ends) == set(turn.answers)
+
+
+def test_every_turn_follows_a_chain_of_its_own():
+    sample = build("multi_hop_requests")
+    assignments = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", sample.context))
+
+    def resolve(name):
+        return resolve(assignments[name]) if name in assignments else name
+
+    assert len(sample.turns) == 5
+    for turn in sample.turns:
+        value = re.search(r"hold the value (\d+)\?", turn.question)[1]
+        assert {name for name in assignments if resolve(name) == value} == set(turn.answers)
+
+
+def test_numbers_are_found_by_their_rank():
+    sample = build("math_find_turns", 7)
+    numbers = sorted(map(int, re.findall(r"\d+", sample.context)))
+    assert len(set(numbers)) == 15
+    want = {"largest": 14, "smallest": 0, "second largest": 13, "second smallest": 1, "median": 7}
+    for turn in sample.turns:
+        name = re.search(r"what is the (.+) of the numbers", turn.question)[1]
+        assert turn.answers == (str(numbers[want.pop(name)]),)
+    assert not want
+
+
+def test_questions_on_shared_documents_have_one_and_two_hops():
+    sample = build("qa_turns", 10)
+    for number, turn in enumerate(sample.turns):
+        person = re.search(r"What does (.+) work as|house with (.+)\?", turn.question)
+        if number % 2:
+            assert f"{person[1]} was born in" in sample.context
+            assert re.search(
+                rf"{person[1]} was born in \w+ and works as a {turn.answers[0]}\.", sample.context
+            )
+        else:
+            other = re.search(rf"{person[2]} shares a house with (\w+ \w+)\.", sample.context)[1]
+            assert f"{other} was born in {turn.answers[0]}" in sample.context

@@ -4,7 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from support.runs import write_run
+from support.runs import write_evaluation, write_run
 
 from ltrain.cli import main
 from ltrain.config.base import ConfigError
@@ -164,3 +164,33 @@ def test_panel_keys_and_metrics_are_known():
     for panel in PANELS:
         for name, _ in (*panel.metrics, *panel.markers) if isinstance(panel, Lines) else ():
             assert is_known(name), name
+
+
+def test_evaluations_in_a_runs_folder_join_its_report(tmp_path):
+    folder = write_run(tmp_path / "run", steps=4)
+    plain = write_report([folder])[1]
+    write_evaluation(folder / "hf-eval")
+    path, tables = write_report([folder])
+    added = {table.title: table for table in tables[len(plain) :]}
+    scores = added["hf-eval: Score (loss of the reference answer)"]
+    assert scores.heads == ("task", "1,024", "4,096", "8,192")
+    assert scores.rows[1] == ("niah_multivalue", "0.80 (0.60)", "0.70 (0.90)", "0.60 (1.20)")
+    assert added["hf-eval: Needle: score (loss of the reference answer)"].rows[2][0] == "100 %"
+    assert added["hf-eval: Loss by position, nats a token"].rows[-1] == ("all", "2.0000", "1.9000", "1.8000")
+    caches = added["hf-eval: Key/value cache after the question, over a dense one's"]
+    assert caches.rows[0] == ("niah_single_1", "0.2 MiB, 25.0%", "1.0 MiB, 25.0%", "2.0 MiB, 25.0%")
+    assert added["hf-eval: lm-eval: ruler"].rows == (("acc,none", "0.5000"),)
+    page = Page(path.read_text())
+    for title in ("Needle retrieved", "Score by task and length"):
+        assert f"hf-eval: {title}" in page.headings
+    assert len(page.ids) == len(set(page.ids))
+    assert all(link.strip("url()").startswith("#") for link in page.links), "pictures are vectors"
+
+
+def test_a_damaged_evaluation_is_named(tmp_path):
+    folder = write_run(tmp_path / "run", steps=4)
+    results = write_evaluation(folder / "eval") / "results.json"
+    for text, rule in (("{", "cannot be read"), ('{"schema": 1}', "is of schema 1")):
+        results.write_text(text)
+        with pytest.raises(ConfigError, match=rule):
+            write_report([folder])
