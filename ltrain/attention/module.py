@@ -234,7 +234,7 @@ class CoreAttention(nn.Module):
         """Whether this layer's pattern is found online and goes by distances in the whole sequence."""
         pattern = self.settings.pattern
         dense = pattern.is_dense_layer(self.layer, len(self.settings.windows))
-        return pattern.kind == "vertical_slash" and not dense
+        return pattern.by_distance and not dense
 
     def _select(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[BlockIndex, Tiles | None]:
         """The blocks to attend over the whole sequence, and single keys beside them where the pattern chooses

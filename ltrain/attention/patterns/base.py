@@ -106,6 +106,8 @@ class Pattern(PatternFields, ABC):
     """
 
     static: ClassVar[bool] = True
+    # Found online from distances between tokens: an excerpt of a sequence can't be searched by itself.
+    by_distance: ClassVar[bool] = False
     capabilities: ClassVar[Capabilities]
 
     def __init__(self, **fields: Any) -> None:

@@ -51,6 +51,7 @@ class VerticalSlash(VerticalSlashFields, DynamicPattern):
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(True, True, True, "Hkv, Hq", collectives=4)
+    by_distance: ClassVar[bool] = True
 
     def steps(
         self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None = None
