@@ -133,6 +133,7 @@ class WandB:
     ) -> None:
         import wandb
 
+        self._teardown = wandb.teardown
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         id_file = folder / "wandb_id"
@@ -161,6 +162,8 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
+        # finish() does not wait until W&B's own process has written the end of the file; this does.
+        self._teardown()
 
 
 def _has_key() -> bool:
