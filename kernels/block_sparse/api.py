@@ -34,6 +34,7 @@ def block_sparse_attention(
     window: int | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
+    saved: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the visible pairs, and the log of its normaliser.
 
@@ -42,15 +43,20 @@ def block_sparse_attention(
     fp32 (fp64 for fp64 inputs). A query that sees no key has out 0, lse -inf and gradient 0. Differentiable
     in q, k, v, through out and through lse; the index is a constant. The backward is deterministic.
 
-    `index` may be a `Plan` (see `prepare`), which already holds the positions, documents and window.
-    `backend="auto"` is `triton` for tensors on a GPU, else `cpu`. Raises ArgumentError on arguments that do
-    not fit one another.
+    `index` may be a `Plan` (see `prepare`), which already holds the positions, documents and window. `saved`
+    is (out, lse) of an earlier call on equal inputs: it is returned without being computed, and the gradients
+    are those of the call (for activation checkpointing). `backend="auto"` is `triton` for tensors on a GPU,
+    else `cpu`. Raises ArgumentError on arguments that do not fit one another.
     """
     plan = _plan(index, q_pos, k_pos, q_doc, k_doc, window)
     scale = _check(q, k, v, plan, scale)
-    if _resolve(backend, q) == "reference":
+    if saved is not None:
+        want = ((*q.shape[:3], v.shape[3]), (q.shape[0], q.shape[2], q.shape[1]))
+        shapes = tuple(tuple(x.shape) for x in saved)
+        require(shapes == want, "saved shapes", shapes, f"must be those of out and lse, {want}")
+    elif _resolve(backend, q) == "reference":
         return reference.reference_attention(q, k, v, plan, scale)
-    return _Attention.apply(q, k, v, plan, scale, backend)
+    return _Attention.apply(q, k, v, plan, scale, backend, saved)
 
 
 def attention_forward(
@@ -129,8 +135,11 @@ def attention_delta(out: Tensor, dout: Tensor, dlse: Tensor | None = None) -> Te
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan, scale, backend):
-        out, lse = _forward(q, k, v, plan, scale, backend, q.dtype)
+    def forward(ctx, q, k, v, plan, scale, backend, saved):
+        if saved is None:
+            out, lse = _forward(q, k, v, plan, scale, backend, q.dtype)
+        else:
+            out, lse = (x.detach() for x in saved)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale, ctx.backend = plan, scale, backend
         ctx.set_materialize_grads(False)
@@ -146,7 +155,7 @@ class _Attention(torch.autograd.Function):
             dlse = torch.where(torch.isinf(lse), 0.0, dlse)
         delta = attention_delta(out, dout, dlse)
         grads = _backward(dout, q, k, v, delta, lse, ctx.plan, ctx.scale, ctx.backend, None, None)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _forward(

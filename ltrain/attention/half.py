@@ -5,13 +5,17 @@ norm, qk-norms and rotary embedding are recomputed around them, and no matrix pr
 is never run again, nor is its selection, plan or exchange: they are handed to the backward pass with the
 output and the LSE. With `save_qkv=False` qkv isn't saved either and its product runs a second time.
 
+Of a pattern with weights of its own, the output and LSE of each branch are saved, and what it fetched from
+other ranks. Its own loss depends on nothing that follows, so the gradient is computed in the forward pass and
+saved, once.
+
 Shape legend: S tokens of this rank in the residual, T tokens that attention sees (S without sequence
 parallelism), B batch, E hidden size, N query heads, K kv heads, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,20 +58,32 @@ class AttentionHalf:
             raise TypeError(f"needs CoreAttention, not {type(attention.core_attention).__name__}")
         self.norm, self.attention, self.save_qkv, self.store = norm, attention, save_qkv, store
         self.head_norms = tuple(n for n in (attention.q_layernorm, attention.k_layernorm) if n is not None)
-        self.parts = (norm, attention.linear_qkv, *self.head_norms, attention.linear_proj)
+        learned = attention.core_attention.learned
+        self.learned = () if learned is None else (learned,)
+        self.parts = (norm, attention.linear_qkv, *self.head_norms, attention.linear_proj, *self.learned)
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """The pattern's own weights that have a gradient."""
+        return tuple(p for module in self.learned for p in module.parameters() if p.requires_grad)
 
     def __call__(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Rebuild]:
         """(y [S, B, E], how to rebuild y) of x [S, B, E], the tokens that `context` describes."""
         parameters = [p for part in self.parts for p in part.parameters()]
-        copy = self.store.put(x.detach()) if self.store is not None and torch.is_grad_enabled() else None
-        y, out = _AttentionHalf.apply(x, self, context, copy, *parameters)
+        learn = torch.is_grad_enabled()
+        copy = self.store.put(x.detach()) if self.store is not None and learn else None
+        y, *branches = _AttentionHalf.apply(x, self, context, copy, learn, *parameters)
         if copy is not None:
-            return y, Rebuild((out,), lambda out: self.add_projection(copy.get(), out))
-        return y, Rebuild((x.detach(), out), self.add_projection)
+            return y, Rebuild(tuple(branches), lambda *branches: self.add_projection(copy.get(), *branches))
+        return y, Rebuild((x.detach(), *branches), self.add_projection)
 
-    def add_projection(self, x: Tensor, out: Tensor) -> Tensor:
-        """x + proj(out)."""
-        return row_forward(self.attention.linear_proj, out).add_(x)
+    def add_projection(self, x: Tensor, *branches: Tensor) -> Tensor:
+        """x + proj(attention's output)."""
+        return row_forward(self.attention.linear_proj, self.output(branches)).add_(x)
+
+    def output(self, branches: tuple[Tensor, ...]) -> Tensor:
+        """Attention's output [T, B, N * D] from its branches."""
+        return self.attention.core_attention.combine(branches).transpose(0, 1).flatten(2)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, N, D] and k, v [B, T, K, D], heads normed, from the fused projection [T, B, ...].
@@ -89,27 +105,27 @@ class AttentionHalf:
     def vjp(
         self,
         qkv: Tensor,
-        out: Tensor,
-        lse: Tensor,
+        saved: tuple[Tensor, ...],
         dout: Tensor,
         context: AttentionContext,
         decisions: Decisions,
         sums: Gradients,
     ) -> Tensor:
-        """Gradient of qkv [T, B, ...] for that of out [T, B, N * D]; adds those of the head norms to
-        `sums`."""
+        """Gradient of qkv [T, B, ...] for that of out [T, B, N * D]; adds those of the head norms and of the
+        pattern's own weights to `sums`."""
         qkv = qkv.detach().requires_grad_()
         weights = [p for norm in self.head_norms for p in norm.parameters() if p.requires_grad]
+        weights += self.trained
         with torch.enable_grad():
-            q, k, v = self.heads(qkv)
-            saved = (out.unflatten(2, q.shape[2:]).transpose(0, 1), lse)
-            again, _, _ = self.attention.core_attention.attend(
-                q, k, v, context, decisions=decisions, saved=saved
+            again = self.attention.core_attention.attend(
+                *self.heads(qkv), context, decisions=decisions, saved=saved
             )
-            again = again.transpose(0, 1).flatten(2)
-        dqkv, *dweights = torch.autograd.grad(again, (qkv, *weights), dout)
+            out = self.output(again.branches)
+        # A gate that only chooses blocks has no part in the output.
+        dqkv, *dweights = torch.autograd.grad(out, (qkv, *weights), dout, allow_unused=True)
         for weight, gradient in zip(weights, dweights, strict=True):
-            sums.add(weight, gradient)
+            if gradient is not None:
+                sums.add(weight, gradient)
         return dqkv
 
 
@@ -121,33 +137,42 @@ class _AttentionHalf(torch.autograd.Function):
         half: AttentionHalf,
         context: AttentionContext,
         copy: HostCopy | None,
+        learn: bool,
         *parameters: nn.Parameter,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         linear = half.attention.linear_qkv
         normed = half.norm(x)
         qkv = column_forward(linear, normed, column_input(linear, normed))
-        out, lse, ctx.decisions = half.attention.core_attention.attend(*half.heads(qkv), context)
-        out = out.transpose(0, 1).flatten(2)
+        done = half.attention.core_attention.attend(*half.heads(qkv), context, learn=learn)
+        lessons: tuple[Tensor, ...] = ()
+        if done.loss is not None and half.trained:
+            loss, weight = done.loss
+            lessons = torch.autograd.grad(loss, half.trained, torch.full_like(loss, weight))
         ctx.half, ctx.context, ctx.copy, ctx.parameters = half, context, copy, parameters
-        ctx.save_for_backward(x if copy is None else None, qkv if half.save_qkv else None, out, lse)
-        ctx.mark_non_differentiable(out)
-        return half.add_projection(x, out), out
+        ctx.decisions, ctx.counts = done.decisions, (len(done.branches), len(done.saved), len(lessons))
+        ctx.save_for_backward(
+            x if copy is None else None, qkv if half.save_qkv else None, *done.branches, *done.saved, *lessons
+        )
+        ctx.mark_non_differentiable(*done.branches)
+        return half.add_projection(x, *done.branches), *done.branches
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         with outside_seam():
             dx, sums = _backward(ctx, dy)
             if ctx.copy is not None:
                 ctx.copy.drop()
-        return dx, None, None, None, *sums.take()
+        return dx, None, None, None, None, *sums.take()
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Gradients]:
-    x, qkv, out, lse = ctx.saved_tensors
+    x, qkv, *rest = ctx.saved_tensors
+    branches, saved, lessons = (tuple(part) for part in _split(rest, ctx.counts))
+    del rest
     x = ctx.copy.get() if x is None else x
     half, sums = ctx.half, Gradients(ctx.parameters)
     linear = half.attention.linear_qkv
-    dout = row_vjp(half.attention.linear_proj, out, dy, sums)
+    dout = row_vjp(half.attention.linear_proj, half.output(branches), dy, sums)
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         normed = half.norm(x)
@@ -155,10 +180,19 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Gradients]:
     whole = column_input(linear, n) if qkv is None or linear.weight.requires_grad else None
     if qkv is None:
         qkv = column_forward(linear, n, whole)
-    dqkv = half.vjp(qkv, out, lse, dout, ctx.context, ctx.decisions, sums)
-    del qkv, out, dout
+    dqkv = half.vjp(qkv, saved, dout, ctx.context, ctx.decisions, sums)
+    for weight, gradient in zip(half.trained if lessons else (), lessons, strict=True):
+        sums.add(weight, gradient)
+    del qkv, branches, saved, dout
     dnormed = column_vjp(linear, n, whole, dqkv, sums)
     return norm_vjp(half.norm, x, normed, dnormed, sums).add_(dy), sums
+
+
+def _split(items: list[Tensor], counts: tuple[int, ...]) -> Iterator[list[Tensor]]:
+    at = 0
+    for count in counts:
+        yield items[at : at + count]
+        at += count
 
 
 def norm_vjp(norm: nn.Module, x: Tensor, normed: Tensor, dnormed: Tensor, sums: Gradients) -> Tensor:

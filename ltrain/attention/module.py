@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ltrain.attention.context import AttentionContext
 from ltrain.attention.context_parallel import context_parallel_attention, plan_attention
-from ltrain.attention.learned import learned_attention, mark_heads
+from ltrain.attention.learned import Tape, learned_branches, mark_heads, own_loss, with_loss
 from ltrain.attention.patterns import Pattern
 from ltrain.attention.patterns.rows import only_rows
 from ltrain.attention.profile import Profile
@@ -43,14 +43,30 @@ class AttentionSettings:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a call of attention decided: blocks, single keys beside them, and the planned exchange.
+    """What a call of attention decided: blocks, single keys beside them, and the planned exchange of each
+    branch.
 
     A recomputation in the backward pass takes them as they are: nothing is selected or planned twice.
     """
 
     index: BlockIndex
     verticals: Tiles | None
-    plan: Schedule
+    plans: tuple[Schedule, ...]
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Attention of one call. Its output is `CoreAttention.combine(branches)`.
+
+    `saved` are the tensors that, with the decisions, serve the backward pass in the place of computing
+    attention again; the branches are among them, as far as attention computed them. `loss` is the pattern's
+    own loss, if it has one, and the weight of its gradient.
+    """
+
+    branches: tuple[Tensor, ...]
+    saved: tuple[Tensor, ...]
+    decisions: Decisions
+    loss: tuple[Tensor, float] | None = None
 
 
 class CoreAttention(nn.Module):
@@ -99,11 +115,15 @@ class CoreAttention(nn.Module):
         context = packed_seq_params
         assert context is not None
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        if self.learned is not None:
-            out = self._attend_learned(q, k, v, context)
-        else:
-            out, _, _ = self.attend(q, k, v, context)
+        done = self.attend(q, k, v, context, learn=torch.is_grad_enabled())
+        out = self.combine(done.branches)
+        if done.loss is not None:
+            out = with_loss(out, *done.loss)
         return out.transpose(0, 1).flatten(2)
+
+    def combine(self, branches: tuple[Tensor, ...]) -> Tensor:
+        """Attention's output [B, T, N, D] from its branches."""
+        return branches[0] if self.learned is None else self.settings.pattern.combine(*branches)
 
     def attend(
         self,
@@ -113,14 +133,17 @@ class CoreAttention(nn.Module):
         context: AttentionContext,
         *,
         decisions: Decisions | None = None,
-        saved: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Decisions]:
-        """(out [B, T, N, D], lse [B, N, T], decisions) of q [B, T, N, D] and k, v [B, T, K, D] before rotary
-        embedding.
+        saved: tuple[Tensor, ...] | None = None,
+        learn: bool = False,
+    ) -> Attended:
+        """Attention of q [B, T, N, D] and k, v [B, T, K, D] before rotary embedding.
 
-        With the `decisions` and the `saved` (out, lse) of an earlier call on equal inputs, nothing but the
-        rotary embedding is computed and no rank is asked anything: the result serves the backward pass.
+        With the `decisions` and what was `saved` of an earlier call on equal inputs, nothing is computed but
+        the rotary embedding and what a learned pattern puts around attention, and no rank is asked anything:
+        the result serves the backward pass. `learn`: a learned pattern in training computes its own loss.
         """
+        if self.learned is not None:
+            return self._attend_learned(q, k, v, context, decisions, saved, learn)
         rows = context.real_rows
         if rows is None:
             return self._attend(q, k, v, context, decisions, saved)
@@ -129,9 +152,11 @@ class CoreAttention(nn.Module):
         q, k, v = (x.index_select(1, rows) for x in (q, k, v))
         if saved is not None:
             saved = (saved[0].index_select(1, rows), saved[1].index_select(2, rows))
-        out, lse, decisions = self._attend(q, k, v, context, decisions, saved)
+        done = self._attend(q, k, v, context, decisions, saved)
+        out, lse = done.saved
         out = out.new_zeros(*shape[:3], out.shape[3]).index_copy(1, rows, out)
-        return out, lse.new_zeros(shape[0], shape[2], shape[1]).index_copy(2, rows, lse), decisions
+        lse = lse.new_zeros(shape[0], shape[2], shape[1]).index_copy(2, rows, lse)
+        return Attended((out,), (out, lse), done.decisions)
 
     def _rotated(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         assert context.layout is not None and context.rope_positions is not None
@@ -157,15 +182,34 @@ class CoreAttention(nn.Module):
             "profile": self.settings.profile,
         }
 
-    def _attend_learned(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-        assert self.learned is not None
+    def _attend_learned(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: AttentionContext,
+        decisions: Decisions | None,
+        saved: tuple[Tensor, ...] | None,
+        learn: bool,
+    ) -> Attended:
+        pattern, module = self.settings.pattern, self.learned
+        assert module is not None
         q, k = self._rotated(q, k, context)
-        with timed(context.traffic, "selection", (q,)):
-            index, _ = self._select(q, k, context)
-        return learned_attention(
-            self.settings.pattern, self.learned, q, k, v, index, context, heads=self._heads(k, context),
-            shared=self._shared(context) | self._exchange(context), scale=self.scale,
+        if decisions is None:
+            with timed(context.traffic, "selection", (q,)):
+                index, _ = self._select(q, k, context)
+            tape = Tape()
+        else:
+            index, tape = decisions.index, Tape(saved, decisions.plans)
+        branches = learned_branches(
+            pattern, module, q, k, v, index, context, tape,
+            shared=self._shared(context), exchange=self._exchange(context), scale=self.scale,
         )  # fmt: skip
+        loss = None
+        if learn and module.training:
+            with torch.enable_grad():
+                loss = own_loss(pattern, module, q, k, context, self._heads(k, context))
+        return Attended(branches, tape.saved, Decisions(index, None, tape.plans), loss)
 
     def _attend(
         self,
@@ -174,8 +218,8 @@ class CoreAttention(nn.Module):
         v: Tensor,
         context: AttentionContext,
         decisions: Decisions | None,
-        saved: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Decisions]:
+        saved: tuple[Tensor, ...] | None,
+    ) -> Attended:
         saved = context.given if saved is None else saved
         q, k = self._rotated(q, k, context)
         shared = self._shared(context)
@@ -185,22 +229,23 @@ class CoreAttention(nn.Module):
             plan = plan_attention(
                 q, k, v, index=index, verticals=verticals, **shared, **self._exchange(context)
             )
-            decisions = Decisions(index, verticals, plan)
+            decisions = Decisions(index, verticals, (plan,))
+        given = None if saved is None else (saved[0], saved[1])
         out, lse = context_parallel_attention(
             q,
             k,
             v,
             index=decisions.index,
             verticals=decisions.verticals,
-            plan=decisions.plan,
+            plan=decisions.plans[0],
             scale=self.scale,
-            saved=saved,
+            saved=given,
             traffic=context.traffic,
             **shared,
         )
         if context.record is not None:
             context.record.append((out.detach(), lse.detach()))
-        return out, lse, decisions
+        return Attended((out,), (out, lse), decisions)
 
     def _heads(self, k: Tensor, context: AttentionContext) -> dict[str, Any]:
         settings = self.settings

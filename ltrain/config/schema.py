@@ -109,13 +109,6 @@ def check_sections(config: RunConfig) -> None:
                 "take another pattern, or elimination.kind=none",
             )
         check_elimination(config, config.elimination)
-    if config.attention.pattern.kind in ("seer_gate", "nsa") and config.memory.level != "none":
-        raise ConfigError(
-            "memory.level",
-            config.memory.level,
-            f"recomputes attention's inputs, which {config.attention.pattern.kind} can't do yet",
-            "use none",
-        )
     if config.sync.kind == "every_step" and config.sync.peers is not None:
         raise ConfigError(
             "sync.kind",

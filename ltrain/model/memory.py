@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from ltrain.attention.patterns import Pattern
+from ltrain.attention.patterns.base import Widths
 from ltrain.config.memory import MemoryLevel
 from ltrain.config.model import LoraAdapter
 from ltrain.model.spec import ModelSpec
@@ -23,12 +25,13 @@ class LayerBytes:
     """Bytes that one layer saves for its backward pass, a token.
 
     `residual` is split over tensor-parallel ranks with sequence parallelism only, `parallel` always; `host`
-    lies in host memory.
+    lies in host memory. `fixed`, split too, does not grow with the tokens.
     """
 
     residual: float
     parallel: float
     host: float = 0.0
+    fixed: float = 0.0
 
     @property
     def total(self) -> float:
@@ -48,6 +51,9 @@ def saved_bytes(
     mode: str = "qkv",
     adapter: LoraAdapter | None = None,
     fused_norm: bool = True,
+    pattern: Pattern | None = None,
+    block: int = 128,
+    context: int = 1,
 ) -> LayerBytes:
     """Bytes saved by a layer at `level`, from tensors of `element` bytes.
 
@@ -66,9 +72,26 @@ def saved_bytes(
     `none` follows mcore's operations; there `adapter` says which linears save no input, and `fused_norm`
     whether the norm is one operation (on a GPU) or several, which save more (on a CPU); `kept` doesn't count.
     Rotary tables, shared by all layers, and a dynamic pattern's index are not counted.
+
+    A layer of a learned `pattern`, in blocks of `block` tokens on `context` ranks, saves besides:
+
+        nsa        b (2 Q + 3 N) + 8 N, and from other ranks 2 b K context / compress
+        seer_gate  6 b K gate_dim, whatever the tokens
+
+    and at `none` what `Pattern.saved_bytes` says.
     """
     if level == "none":
-        return _stock_bytes(spec, element, adapter, fused_norm)
+        layer = _stock_bytes(spec, element, adapter, fused_norm)
+    else:
+        layer = _lean_bytes(spec, level, element, kept, mode)
+    if pattern is None:
+        return layer
+    widths = Widths(spec.num_heads, spec.num_kv_heads, spec.head_dim, element, block, context)
+    token, fixed = pattern.saved_bytes(widths, lean=level != "none")
+    return replace(layer, parallel=layer.parallel + token, fixed=fixed)
+
+
+def _lean_bytes(spec: ModelSpec, level: MemoryLevel, element: int, kept: float, mode: str) -> LayerBytes:
     e, q, k, f = (element * n for n in (spec.hidden_size, spec.q_size, spec.kv_size, spec.ffn_hidden_size))
     attended = 1.0 if mode == "q" else kept
     through_mlp = kept if mode == "layer" else 1.0
@@ -147,7 +170,8 @@ class Setting:
 
     `shards` ranks share the optimizer state (1 without the distributed optimizer). `trained`: parameters with
     gradients and optimizer state, None for all. `kept`: one share for each layer of the tokens that token
-    elimination keeps in `mode`; empty without it.
+    elimination keeps in `mode`; empty without it. `pattern` of attention, in blocks of `block` tokens, on
+    `context` ranks.
     """
 
     level: MemoryLevel = "none"
@@ -162,6 +186,9 @@ class Setting:
     trained: int | None = None
     kept: Sequence[float] = ()
     mode: str = "qkv"
+    pattern: Pattern | None = None
+    block: int = 128
+    context: int = 1
 
     @property
     def element(self) -> int:
@@ -171,10 +198,13 @@ class Setting:
 def bytes_per_token_layer(spec: ModelSpec, setting: Setting) -> float:
     """Bytes saved a token and layer on the device, unsharded: the mean over layers."""
     kept = setting.kept or [1.0] * spec.num_layers
-    return sum(_layer(spec, setting, share).total for share in kept) / len(kept)
+    return sum(_layer(spec, setting, i, share).total for i, share in enumerate(kept)) / len(kept)
 
 
-def _layer(spec: ModelSpec, setting: Setting, kept: float) -> LayerBytes:
+def _layer(spec: ModelSpec, setting: Setting, number: int, kept: float) -> LayerBytes:
+    pattern = setting.pattern
+    if pattern is not None and pattern.is_dense_layer(number, spec.num_layers):
+        pattern = None
     return saved_bytes(
         spec,
         setting.level,
@@ -183,6 +213,9 @@ def _layer(spec: ModelSpec, setting: Setting, kept: float) -> LayerBytes:
         mode=setting.mode,
         adapter=setting.adapter,
         fused_norm=setting.fused_norm,
+        pattern=pattern,
+        block=setting.block,
+        context=setting.context,
     )
 
 
@@ -196,7 +229,7 @@ def estimate_memory(spec: ModelSpec, tokens: int, setting: Setting) -> MemoryEst
     count = (count + spec.embedding_parameters / (1 if pipeline == 1 else 2)) / tensor
     trained = count if setting.trained is None else setting.trained / pipeline / tensor
     kept = list(setting.kept or [1.0] * spec.num_layers)[: spec.num_layers // pipeline]
-    layers = [_layer(spec, setting, share) for share in kept]
+    layers = [_layer(spec, setting, number, share) for number, share in enumerate(kept)]
     saved = sum(layer.on_rank(tensor, setting.sequence_parallel) for layer in layers)
     head = min(tokens, setting.loss_chunk_tokens) * spec.padded_vocab_size(tensor) / tensor * (8 + element)
     output = 0 if setting.adapter is not None else spec.hidden_size * spec.vocab_size / tensor * 4
@@ -204,7 +237,7 @@ def estimate_memory(spec: ModelSpec, tokens: int, setting: Setting) -> MemoryEst
         parameters=count * element,
         gradients=trained * 4,
         optimizer=trained * (12 if setting.bf16 else 8) / setting.shards,
-        activations=saved * tokens * pipeline,
+        activations=(saved * tokens + sum(layer.fixed for layer in layers) / tensor) * pipeline,
         workspace=workspace_bytes(spec, tokens, setting),
         loss=head + output + 2 * tokens * spec.hidden_size * element,
         host=sum(layer.host for layer in layers) * tokens * pipeline / tensor,

@@ -170,6 +170,9 @@ def memory_setting(config: RunConfig, spec: ModelSpec, data_size: int) -> Settin
         adapter=adapter if isinstance(adapter, LoraAdapter) else None,
         fused_norm=not seam.on_cpu(),
         trained=count_trained(spec, config.model),
+        pattern=patterns.from_config(config.attention.pattern),
+        block=parallel.context.block,
+        context=parallel.context.degree,
     )
 
 

@@ -31,7 +31,7 @@ def _tree(folder, kind, name, **overrides):
         train__steps=2,
     )
     for section, fields in overrides.items():
-        tree[section] = {**tree[section], **fields}
+        tree[section] = {**tree.get(section, {}), **fields}
     return tree
 
 
@@ -80,10 +80,20 @@ def _on_two(rank, world_size, folder):
     outcome = {}
     for kind in PATTERNS:
         tensor = _train(
-            _tree(Path(folder), kind, "tensor", parallel={"tensor": 2}, optimizer={"distributed": False}), 2
+            _tree(
+                Path(folder),
+                kind,
+                "tensor",
+                parallel={"tensor": 2},
+                optimizer={"distributed": False},
+                memory={"level": "full"},
+            ),
+            2,
         )
         weights = _whole(tensor)
+        # A memory level is one more layout that the weights must not depend on.
         cut = {"parallel": {"context": {"degree": 2, "schedule": "ring", "block": 16}}}
+        cut["memory"] = {"level": "mlp"}
         whole = _train(_tree(Path(folder), kind, "whole", **cut), 2)
         _train(_tree(Path(folder), kind, "broken", **cut), 1, save=True)
         resumed = _train(_tree(Path(folder), kind, "broken", **cut), 2)

@@ -20,6 +20,8 @@ from ltrain.parallel.layout import SequenceLayout
 from ltrain.parallel.seam import cpu_seam
 
 BLOCK = 16
+NSA = {"top_k": 3, "local_blocks": 1, "compress": 4, "window": 24, "initial_gates": (0.5, 0.75, 0.25)}
+GATE = {"top_k": 2, "gate_dim": 4, "target_rows": 2}
 TARGETS = ("qkv", "o", "gate_up", "down")
 
 
@@ -56,6 +58,11 @@ def build_lean(folder, spec, mesh, level, *, pattern=None, adapter=None, dtype=t
                 if name.endswith("lora_b"):
                     parameter.fill_(0.05)
         freeze_parameters(model, spec, HFModel(path=folder, adapter=lora), mesh)
+    generator = torch.Generator().manual_seed(5 + mesh.tensor.rank)
+    for name, parameter in model.named_parameters():
+        if ".core_attention.learned." in name:  # nsa's are zero at the start
+            with torch.no_grad():
+                parameter.normal_(0, 0.5, generator=generator)
     for layer in model.decoder.layers:
         if hasattr(layer, "lean_mlp"):
             layer.lean_mlp.tile = 24 // mesh.tensor.size  # several tiles, the last one short
@@ -78,6 +85,8 @@ def batch(mesh, *, num_tokens=80, documents=(33, 1, 46), seed=0):
         rank=mesh.context.rank,
         rope_positions=positions[at],
         doc_ids=doc_ids if documents else None,
+        num_targets=len(at),
+        step=3,
     )
     labels = tokens.roll(-1)
     return tokens[at][None], labels[at][None], context

@@ -50,7 +50,6 @@ def test_overrides_reach_nested_fields_and_switch_kinds(tmp_path):
         (["--train.tokens_per_step", "1000"], "must be a multiple of train.seq_len=256; use 768 or 1024"),
         (["--parallel.tensor", "3"], "must be a multiple of parallel.tensor=3"),
         (["--parallel.context.node_size", "2"], "must divide parallel.context.degree=1"),
-        (["--attention.pattern.kind", "nsa", "--memory.level", "norms"], "which nsa can't do yet; use none"),
         (
             ["--attention.pattern.kind", "seer_gate", "--elimination.kind", "blocks"],
             "it can't be joined with token elimination",

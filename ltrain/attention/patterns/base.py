@@ -25,7 +25,7 @@ from ltrain.attention.patterns.rows import ranges, restrict
 from ltrain.attention.patterns.verticals import Verticals
 from ltrain.config.base import ConfigError
 from ltrain.config.patterns import PatternFields
-from ltrain_kernels.block_sparse import BlockIndex
+from ltrain_kernels.block_sparse import BlockIndex, block_sparse_attention
 from ltrain_kernels.block_sparse import dense as dense_index
 
 
@@ -78,13 +78,33 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """What the bytes of a layer depend on: the heads of an unsharded model, bytes of an element, tokens of a
+    block, and the ranks that share a sequence.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    element: int
+    block: int
+    context: int
+
+
+def _attend_here(*args: Any, **where: Any) -> Tensor:
+    return block_sparse_attention(*args, **where)[0]
+
+
+@dataclass(frozen=True)
 class LayerCall:
     """One layer's attention on this rank, as a pattern with branches of its own needs it.
 
     `place` says which tokens of the sequence are here; `attend(q, k, v, index) -> out` is exact attention
     over the whole sequence; `gather(x, y)` is the differentiable gather of two tensors [B, own blocks, ...]
-    to all blocks in document order; `cached(key, make)` keeps what the layers of a micro-batch share;
-    `window` is the model's own.
+    to all blocks in document order; `attend_here(q, keys, values, index, **where) -> out` is attention to
+    keys that are all on this rank; `cached(key, make)` keeps what the layers of a micro-batch share; `window`
+    is the model's own. In the backward pass of a layer that recomputes its inputs a pattern makes the same
+    calls in the same order, and those three return what they returned in the forward pass.
     """
 
     num_tokens: int
@@ -95,6 +115,7 @@ class LayerCall:
     cached: Callable[[Any, Callable[[], Any]], Any]
     window: int | None = None
     scale: float | None = None
+    attend_here: Callable[..., Tensor] = _attend_here
 
 
 class Pattern(PatternFields, ABC):
@@ -128,13 +149,26 @@ class Pattern(PatternFields, ABC):
         """
         return None
 
-    def attend(
+    def branches(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, call: LayerCall
-    ) -> Tensor:
-        """Attention of a pattern with a learned part, out [B, T_local, Hq, Dv]; the selected blocks unless
-        the pattern has branches of its own.
+    ) -> tuple[Tensor, ...]:
+        """What attention of a pattern with a learned part is made of: the selected blocks, [B, T_local, Hq,
+        Dv], unless the pattern has branches of its own. A memory level saves them, so they should be few.
         """
-        return call.attend(q, k, v, index)
+        return (call.attend(q, k, v, index),)
+
+    def combine(self, *branches: Tensor) -> Tensor:
+        """Attention's output [B, T_local, Hq, Dv] from its branches, by cheap operations: it runs again in
+        the backward pass.
+        """
+        (out,) = branches
+        return out
+
+    def saved_bytes(self, widths: Widths, *, lean: bool) -> tuple[float, float]:
+        """Bytes a token, and bytes whatever the tokens, that a learned pattern's layer saves for its backward
+        pass beside what attention over one index saves; `lean` at memory levels other than `none`.
+        """
+        return 0.0, 0.0
 
     def lesson(self, q: Tensor, k: Tensor, shape: Shape, place: Place, step: int) -> Steps | None:
         """The search for the constants of `loss` at a training step; None for patterns without a loss."""

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from support.lean import TARGETS, batch, build_lean, loss_and_gradients, run
+from support.lean import GATE, NSA, TARGETS, batch, build_lean, loss_and_gradients, run
 from support.models import save_tiny
 
+from ltrain.attention import patterns
 from ltrain.config.base import ConfigError
 from ltrain.model.families import read_spec
 from ltrain.parallel.mesh import init_mesh, init_process_group
@@ -19,6 +20,9 @@ CASES = {
     "qwen3-lora": {"adapter": TARGETS},
     "llama-mha-bias-lora": {"adapter": TARGETS},
     "llama-lora-attention": {"adapter": ("qkv", "o")},
+    "qwen3-lora-nsa": {"adapter": TARGETS, "pattern": patterns.nsa(**NSA)},
+    "qwen2-window-lora-nsa": {"adapter": None, "pattern": patterns.nsa(**NSA, dense_layers=(1,))},
+    "llama-lora-gate": {"adapter": None, "pattern": patterns.seer_gate(**GATE)},
 }
 
 
@@ -42,6 +46,8 @@ def test_gradients_are_those_of_the_stock_layer(case, mesh, tmp_path):
         loss, gradients = loss_and_gradients(model, *batch(mesh))
         if want is None:
             want_loss, want = loss, gradients
+            learned = [g for name, g in gradients.items() if ".learned." in name]
+            assert bool(learned) == ("pattern" in options) and all(g.abs().sum() > 0 for g in learned)
             continue
         assert abs(loss - want_loss) <= 1e-12 * abs(want_loss), level
         assert gradients.keys() == want.keys(), level
@@ -75,10 +81,11 @@ class _LateCopies:
         self.queue.clear()
 
 
-def test_offloaded_residuals_come_back_one_layer_ahead(mesh, tmp_path):
+@pytest.mark.parametrize("pattern", [None, patterns.nsa(**NSA), patterns.seer_gate(**GATE)])
+def test_offloaded_residuals_come_back_one_layer_ahead(pattern, mesh, tmp_path):
     spec = _spec(tmp_path, "llama")
-    wanted = loss_and_gradients(build_lean(tmp_path, spec, mesh, "full"), *batch(mesh))
-    model = build_lean(tmp_path, spec, mesh, "full")
+    wanted = loss_and_gradients(build_lean(tmp_path, spec, mesh, "full", pattern=pattern), *batch(mesh))
+    model = build_lean(tmp_path, spec, mesh, "full", pattern=pattern)
     engine = _LateCopies()
     store = HostStore(engine)
     ahead = []

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from support.elimination import make_context, make_elimination, make_model
-from support.lean import TARGETS, batch, build_lean, run
+from support.lean import BLOCK, GATE, NSA, TARGETS, batch, build_lean, run
 from support.live import LiveBytes
 from support.models import save_tiny
 
+from ltrain.attention import patterns
 from ltrain.config.model import LoraAdapter
 from ltrain.metrics.saved import SavedBytes
 from ltrain.model.families import read_spec
@@ -52,6 +53,34 @@ def test_the_formula_is_what_autograd_saves(variant, mesh, tmp_path):
                 assert x.grad is not None
 
 
+@pytest.mark.parametrize("pattern", [patterns.nsa(**NSA), patterns.seer_gate(**GATE)], ids=["nsa", "gate"])
+def test_the_formula_is_what_a_learned_pattern_saves(pattern, mesh, tmp_path):
+    spec = read_spec(save_tiny(tmp_path / "qwen3", "qwen3"))
+    for level in HERE:
+        for dtype in (torch.float32, torch.bfloat16):
+            model = build_lean(tmp_path / "qwen3", spec, mesh, level, pattern=pattern, dtype=dtype)
+            _, _, context = batch(mesh, num_tokens=TOKENS, documents=None)
+            context.rope_tables = spec.rope.tables(context.rope_positions)
+            x = torch.randn(TOKENS, 1, spec.hidden_size, dtype=dtype, requires_grad=True)
+            with SavedBytes([*model.parameters(), *context.rope_tables]) as saved:
+                y, _ = model.decoder.layers[0](x, packed_seq_params=context)
+            said = saved_bytes(spec, level, dtype.itemsize, fused_norm=False, pattern=pattern, block=BLOCK)
+            assert saved.total == pytest.approx(said.total * TOKENS + said.fixed, abs=1), (level, dtype)
+            assert y.requires_grad
+
+
+def test_an_estimate_counts_the_layers_that_learn(tmp_path):
+    spec = read_spec(save_tiny(tmp_path, "llama"))
+    plain, nsa = Setting("mlp"), Setting("mlp", pattern=patterns.nsa(dense_layers=(1,)), context=4)
+    q, k, n = spec.q_size, spec.kv_size, spec.num_heads
+    more = 2 * (2 * q + 3 * n) + 8 * n + 2 * 2 * k * 4 / 32
+    assert bytes_per_token_layer(spec, nsa) - bytes_per_token_layer(spec, plain) == more / 2
+    gate = replace(plain, pattern=patterns.seer_gate(gate_dim=4), tensor=2, pipeline=2)
+    grown = estimate_memory(spec, 64, gate).activations
+    grown -= estimate_memory(spec, 64, replace(gate, pattern=None)).activations
+    assert grown == 2 * 6 * k * 4 / 2 * 2, "both micro-batches of the first stage keep half of the heads"
+
+
 @pytest.mark.parametrize("mode", ["qkv", "q", "layer", "backward"])
 def test_the_formula_is_what_a_layer_with_elimination_saves(mode, mesh, tmp_path):
     scores = torch.arange(9.0).flip(0)
@@ -64,12 +93,14 @@ def test_the_formula_is_what_a_layer_with_elimination_saves(mode, mesh, tmp_path
         x = torch.randn(72, 1, spec.hidden_size, dtype=torch.float64, requires_grad=True)
         choice = elimination.choose(1, layer._inputs(x.detach(), context))
         with SavedBytes([*layer.parameters()]) as saved:
-            layer(x, packed_seq_params=context)
+            y, _ = layer(x, packed_seq_params=context)
         kept = len(choice.rows)
         said = saved_bytes(spec, level, 8, kept=kept / 72, mode=mode).total * 72
         # Statistics are fp64 here.
         said += 4 * spec.num_heads * (72 if mode == "q" else kept)
         assert kept < 72 and abs(saved.total - said) < 1, (level, mode)
+        del y
+        assert saved.total == 0, "what no graph holds any more doesn't count"
 
 
 def _peak(folder, spec, mesh, level):

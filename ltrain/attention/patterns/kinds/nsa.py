@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltrain.attention.patterns.base import Capabilities, DynamicPattern, LayerCall, Selection, Shape
+from ltrain.attention.patterns.base import Capabilities, DynamicPattern, LayerCall, Selection, Shape, Widths
 from ltrain.attention.patterns.documents import Documents, documents_of
 from ltrain.attention.patterns.exchange import Gather, Place, Steps, alone
 from ltrain.attention.patterns.kinds.sliding_window import SlidingWindow
@@ -41,10 +41,31 @@ class Nsa(NsaFields, DynamicPattern):
     def make_module(self, *, num_heads: int, num_kv_heads: int, head_dim: int) -> NsaBranches:
         return NsaBranches(self, num_heads, num_kv_heads, head_dim)
 
-    def attend(
+    def branches(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, call: LayerCall
-    ) -> Tensor:
-        return module(q, k, v, index, call=call)
+    ) -> tuple[Tensor, ...]:
+        assert isinstance(module, NsaBranches)
+        return module.branches(q, k, v, index, call)
+
+    def combine(self, *branches: Tensor) -> Tensor:
+        far, selected, near, gates = branches
+        g_far, g_selected, g_near = gates.unsqueeze(-1).unbind(3)
+        return g_far * far + g_selected * selected + g_near * near
+
+    def saved_bytes(self, widths: Widths, *, lean: bool) -> tuple[float, float]:
+        """Two more outputs and LSEs, the gates, and on several ranks all compressed keys and values.
+
+        At `none` also: the output beside its branches, tanh, the compressed keys and values on one rank too,
+        and what makes them: keys and values in fp32, shares and their sums.
+        """
+        heads, kv_heads, dim = widths.num_heads, widths.num_kv_heads, widths.head_dim
+        token = widths.element * (2 * heads * dim + 3 * heads) + 8 * heads
+        fetched = widths.element * 2 * kv_heads * dim * widths.context / self.compress
+        if lean:
+            return token + (fetched if widths.context > 1 else 0), 0.0
+        token += fetched + widths.element * (heads * dim + 3 * heads) + 8 * kv_heads * dim
+        token += 2 * (1 + 8 * kv_heads + 8 * kv_heads / self.compress)
+        return token, 8.0 * kv_heads * self.compress
 
     def steps(
         self, q: Tensor, k: Tensor, shape: Shape, place: Place, module: nn.Module | None = None
@@ -132,8 +153,14 @@ class NsaBranches(nn.Module):
         q [B, T_local, Hq, D], k and v [B, T_local, Hkv, .]: the tokens of `call.place` (without `call` the
         whole sequence, with documents `doc_ids`). `index` is the selection over the whole sequence.
         """
+        call = call or _alone(q.shape[1], index.block_q, doc_ids)
+        return self.pattern.combine(*self.branches(q, k, v, index, call))
+
+    def branches(
+        self, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, call: LayerCall
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compressed, selected and window branch [B, T_local, Hq, Dv]; their gates [B, T_local, Hq, 3]."""
         block = index.block_q
-        call = call or _alone(q.shape[1], block, doc_ids)
         place, num_tokens, doc_ids = call.place, call.num_tokens, call.doc_ids
         documents = documents_of(doc_ids, num_tokens, block)
         window, far_index, position, query_doc, key_pos, key_doc = call.cached(
@@ -144,7 +171,7 @@ class NsaBranches(nn.Module):
             self.compressed(k, self.key_weight, place, documents),
             self.compressed(v, self.value_weight, place, documents),
         )
-        far, _ = block_sparse_attention(
+        far = call.attend_here(
             q, keys.flatten(1, 2), values.flatten(1, 2), far_index, q_pos=position, k_pos=key_pos,
             q_doc=query_doc, k_doc=key_doc, window=call.window, scale=call.scale,
         )  # fmt: skip
@@ -152,8 +179,7 @@ class NsaBranches(nn.Module):
             q.new_tensor(self.pattern.initial_gates)
             + torch.einsum("bthd,hdg->bthg", q, self.gate_weight.to(q.dtype)).tanh()
         )
-        g_far, g_selected, g_near = gates.unsqueeze(-1).unbind(3)
-        return g_far * far + g_selected * selected + g_near * near
+        return far, selected, near, gates
 
     def _shared(
         self, q: Tensor, k: Tensor, block: int, documents: list[Documents], call: LayerCall

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltrain.attention.patterns.base import Capabilities, DynamicPattern, Selection, Shape
+from ltrain.attention.patterns.base import Capabilities, DynamicPattern, Selection, Shape, Widths
 from ltrain.attention.patterns.documents import Documents
 from ltrain.attention.patterns.exchange import Gather, Place, Steps, alone, run_alone
 from ltrain.attention.patterns.pooling import forced_columns, in_blocks, keep_top_k, valid_tokens
@@ -82,6 +82,15 @@ class SeerGate(SeerGateFields, DynamicPattern):
         packed = yield Gather(pack_bits(rows.flatten(1, 2)), place.block_owner)
         return Selection(from_bits(packed, batch, heads, shape.block))
 
+    def saved_bytes(self, widths: Widths, *, lean: bool) -> tuple[float, float]:
+        """The gate's gradient; at `none` its graph: features, projected features and the two maps."""
+        kv_size = widths.num_kv_heads * widths.head_dim
+        if lean:
+            return 0.0, widths.element * 6.0 * kv_size * self.gate_dim
+        pooled = widths.element * (3 * kv_size + widths.num_kv_heads * self.gate_dim)
+        maps = self.target_rows * (8 * widths.num_kv_heads + 1)
+        return (pooled + maps) * widths.context / widths.block, float(self.target_rows * pooled)
+
     def lesson(self, q: Tensor, k: Tensor, shape: Shape, place: Place, step: int) -> Steps:
         rows = self.target_blocks(shape.documents[0].num_blocks, step)
         return self.distillation_steps(q, k, shape, place, rows)
@@ -125,7 +134,8 @@ class SeerGate(SeerGateFields, DynamicPattern):
         target = share.view(-1, len(rows), batch, shape.num_kv_heads).permute(2, 3, 1, 0)
         total = target.sum(-1, keepdim=True)
         seen = torch.stack([_seen(docs[b if len(docs) > 1 else 0], rows) for b in range(batch)]).to(q.device)
-        query_features = whole[:, split:].view(len(rows), batch, shape.num_kv_heads, -1)
+        # A copy: the loss's graph must not hold the queries beside them.
+        query_features = whole[:, split:].clone().view(len(rows), batch, shape.num_kv_heads, -1)
         return Distillation(query_features, keys, target / total.clamp(min=1e-20), seen)
 
     def loss(self, module: BlockGate, constants: Distillation) -> Tensor:
