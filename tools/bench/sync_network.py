@@ -1,11 +1,12 @@
 """Wall-clock time to a target loss over real, rate-limited links, and bytes counted on the interfaces.
 
-    sudo python tools/bench/sync_network.py --out DIR [--scenarios 10,50,500,slow-peer] [--methods ...]
+    sudo python tools/bench/sync_network.py --out DIR [--scenarios 10,50,500,slow-peer] [--delay-ms 25]
     python tools/bench/sync_network.py --report DIR
 
-Every replica is a process in a network namespace of its own, joined by a bridge; a token bucket filter limits
-each direction of its link. The model, its start and its data are those of sync_quality.py. Needs root and
-iproute2. The rendezvous service runs beside the bridge. What is in DIR is not measured again.
+Every replica is a process in a network namespace of its own; a token bucket filter limits each direction of
+its link, and with `--delay-ms` every packet is held for so long (slow_links.py). The model, its start and its
+data are those of sync_quality.py. Needs root and iproute2. The rendezvous service runs outside of the
+namespaces, behind the same delay. What is in DIR is not measured again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from byte_gpt import Corpus, Pretraining, constant_rate, evaluate, loss_of, optimizer_of, update
+from slow_links import OUTSIDE, Lab, inside, round_trip_ms, tx_bytes, worker_address
 
 from ltrain.config.sync import DiLoCo, EveryStep, Peers, SparseLoCo
 from ltrain.sync.adapt import LinkPlanner
@@ -30,10 +33,9 @@ from ltrain.sync.exchange import SyncError
 from ltrain.sync.methods import RoundSync, build_sync
 from ltrain.sync.rendezvous import Rendezvous
 
-sys.path.insert(0, str(Path(__file__).parent))
-import sync_quality as quality
-
-BRIDGE, NET, PORT = "lsync0", "10.77.0", 29400
+PORT = 29400
+# On a busy machine the replicas take long to import; their own clock starts afterwards.
+START_S = 180.0
 # Mbit/s of each replica's link, both ways.
 SCENARIOS = {"10": [10] * 3, "50": [50] * 3, "500": [500] * 3, "slow-peer": [500, 500, 10]}
 SPARSE: dict[str, Any] = {"aggregation": "senders", "gain": 1.0, "bits": 1}
@@ -53,69 +55,31 @@ TITLES = {
 }
 
 
-def sh(command: str, check: bool = True) -> None:
-    subprocess.run(command.split(), check=check, capture_output=not check)
-
-
-class Lab:
-    """A star of `speeds` (Mbit/s): namespace lw<i> with e0 at 10.77.0.<10 + i>, the bridge at 10.77.0.1."""
-
-    def __init__(self, speeds: list[int]) -> None:
-        self.speeds = speeds
-        self.close()
-        sh(f"ip link add {BRIDGE} type bridge")
-        sh(f"ip addr add {NET}.1/24 dev {BRIDGE}")
-        sh(f"ip link set {BRIDGE} up")
-        for i, speed in enumerate(speeds):
-            sh(f"ip netns add lw{i}")
-            sh(f"ip link add lv{i} type veth peer name e0 netns lw{i}")
-            sh(f"ip link set lv{i} master {BRIDGE} up")
-            inside = f"ip netns exec lw{i} "
-            sh(inside + f"ip addr add {NET}.{10 + i}/24 dev e0")
-            sh(inside + "ip link set e0 up")
-            sh(inside + "ip link set lo up")
-            for prefix, device in ((inside, "e0"), ("", f"lv{i}")):
-                sh(prefix + f"tc qdisc add dev {device} root tbf rate {speed}mbit burst 256kb latency 400ms")
-
-    def close(self) -> None:
-        for i in range(8):
-            sh(f"ip netns del lw{i}", check=False)
-        sh(f"ip link del {BRIDGE}", check=False)
-
-
-def tx_bytes() -> int:
-    return int(Path("/sys/class/net/e0/statistics/tx_bytes").read_text())
-
-
-def rate(step: int, args: argparse.Namespace) -> float:
-    """Warm-up over 10 steps, then constant: a time to a target must not depend on a planned end."""
-    return args.lr * min(1.0, (step + 1) / 10)
-
-
 def work(args: argparse.Namespace) -> None:
     """One replica; the first reports its loss until it reaches the target."""
     torch.set_num_threads(1)
     index = int(args.worker)
     peers = Peers(
-        rendezvous=f"{NET}.1:{PORT}",
+        rendezvous=f"{OUTSIDE}:{PORT}",
         token_file=args.token,
         replica=f"r{index}",
-        host=f"{NET}.{10 + index}",
+        host=worker_address(index),
         num_replicas=len(SCENARIOS[args.scenario]),
         max_wait_s=120.0,
     )
     config = METHODS[args.method].model_copy(update={"peers": peers})
-    model = quality.Model()
-    model.load_state_dict(torch.load(args.start, weights_only=True))
+    model = Pretraining(args.out).load(0)
     sync = build_sync(config, {name: p.data for name, p in model.named_parameters()}, model="bench")
     sync.join()
-    corpus, optimizer = quality.Corpus(0), quality.optimizer_of(model, args.lr)
+    corpus, optimizer = Corpus(0), optimizer_of(model, args.lr)
     test = corpus.test(128)
+    if index == 0:
+        print(json.dumps({"round_trip_ms": round_trip_ms(worker_address(1))}), flush=True)
     began, sent, reason, check_at = time.perf_counter(), tx_bytes(), "", 10
     for step in range(args.steps):
-        quality.loss_of(model, corpus.batch(step, index, 8)).backward()
+        loss_of(model, corpus.batch(step, index, 8)).backward()
         sync.reduce_gradients({name: p.grad for name, p in model.named_parameters()})
-        quality.update(model, optimizer, rate(step, args))
+        update(model, optimizer, constant_rate(step, args.lr))
         report = sync.after_step(step)
         if report is not None and report.reason:
             reason = report.reason
@@ -125,7 +89,7 @@ def work(args: argparse.Namespace) -> None:
         due = report is not None if rounds else step + 1 >= check_at or elapsed > args.limit_s
         if index == 0 and due:
             check_at = step + 11
-            loss = quality.evaluate(model, test)
+            loss = evaluate(model, test)
             row = {"step": step + 1, "loss": loss, "s": elapsed, "bytes": tx_bytes() - sent, "reason": reason}
             print(json.dumps(row), flush=True)
             if loss <= args.target or elapsed > args.limit_s:
@@ -133,7 +97,7 @@ def work(args: argparse.Namespace) -> None:
     sync.close()
 
 
-def measure(args: argparse.Namespace, scenario: str, method: str, start: Path, folder: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace, scenario: str, method: str, folder: str) -> dict[str, Any]:
     """Run a method until the first replica reaches the target loss or the limit."""
     token = Path(folder) / "token"
     token.write_text(secrets.token_hex(16))
@@ -141,18 +105,18 @@ def measure(args: argparse.Namespace, scenario: str, method: str, start: Path, f
     config, speeds = METHODS[method], SCENARIOS[scenario]
     adapts = isinstance(config, SparseLoCo) and config.adapt
     service = Rendezvous(
-        (f"{NET}.1", PORT),
+        (OUTSIDE, PORT),
         token.read_bytes(),
         len(speeds),
         WaitPolicy(2.0, 120.0, 4.0),
         planner=LinkPlanner(config, every=3) if adapts else None,  # type: ignore[arg-type]
     )
-    options = {"method": method, "scenario": scenario, "start": start, "token": token, "target": args.target,
+    options = {"method": method, "scenario": scenario, "out": args.out, "token": token, "target": args.target,
                "steps": args.steps, "limit-s": args.limit_s, "lr": args.lr}  # fmt: skip
     command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in options.items())]
     processes = [
         subprocess.Popen(
-            ["ip", "netns", "exec", f"lw{i}", *command, f"--worker={i}"],
+            [*inside(i), *command, f"--worker={i}"],
             stdout=subprocess.PIPE if i == 0 else subprocess.DEVNULL,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -160,7 +124,7 @@ def measure(args: argparse.Namespace, scenario: str, method: str, start: Path, f
         for i in range(len(speeds))
     ]
     try:
-        out, _ = processes[0].communicate(timeout=args.limit_s + 60)
+        out, _ = processes[0].communicate(timeout=START_S + args.limit_s + 60)
     except subprocess.TimeoutExpired:
         processes[0].kill()
         out, _ = processes[0].communicate()
@@ -169,13 +133,17 @@ def measure(args: argparse.Namespace, scenario: str, method: str, start: Path, f
             process.kill()
             process.wait()
         service.close()
-    return {"scenario": scenario, "method": method, "target": args.target, "limit_s": args.limit_s,
-            "rows": [json.loads(line) for line in out.splitlines()]}  # fmt: skip
+    first, *rows = [json.loads(line) for line in out.splitlines()] or [{}]
+    settings = {"scenario": scenario, "delay_ms": args.delay_ms, "method": method, "target": args.target}
+    return settings | {"limit_s": args.limit_s, "rows": rows} | first
 
 
-def cell(found: dict[tuple[str, str], dict[str, Any]], scenario: str, method: str) -> str:
+Links = tuple[str, float]
+
+
+def cell(found: dict[tuple[Links, str], dict[str, Any]], links: Links, method: str) -> str:
     """Time to the target; in italics what is computed where it was not reached within the limit."""
-    result = found.get((scenario, method))
+    result = found.get((links, method))
     if result is None or not result["rows"]:
         return "not measured"
     last = result["rows"][-1]
@@ -191,19 +159,29 @@ def cell(found: dict[tuple[str, str], dict[str, Any]], scenario: str, method: st
     return f"*{seconds:.0f} s* ({steps[0]} steps, {nbytes:.1f} MB; computed from {last['step']} steps)"
 
 
+def heading(links: Links, results: list[dict[str, Any]]) -> str:
+    scenario, delay_ms = links
+    rates = f"{'-'.join(map(str, SCENARIOS[scenario]))} Mbit/s"
+    trips = [result["round_trip_ms"] for result in results if "round_trip_ms" in result]
+    return f"{rates}, {min(trips):.0f} ms round trip" if delay_ms and trips else rates
+
+
 def report(folder: Path) -> None:
-    found = {}
+    found: dict[tuple[Links, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        found[result["scenario"], result["method"]] = result
-    names = [scenario for scenario in SCENARIOS if any(key[0] == scenario for key in found)]
-    print("| method | " + " | ".join(f"{'-'.join(map(str, SCENARIOS[n]))} Mbit/s" for n in names) + " |")
-    print("|---" * (len(names) + 1) + "|")
+        found[(result["scenario"], result.get("delay_ms", 0.0)), result["method"]] = result
+    order = list(SCENARIOS)
+    columns = sorted({links for links, _ in found}, key=lambda links: (order.index(links[0]), links[1]))
+    heads = [heading(links, [r for (at, _), r in found.items() if at == links]) for links in columns]
+    print(f"| method | {' | '.join(heads)} |")
+    print("|---" * (len(columns) + 1) + "|")
     for method, title in TITLES.items():
-        print(f"| {title} | " + " | ".join(cell(found, name, method) for name in names) + " |")
-    for (scenario, method), result in sorted(found.items()):
+        print(f"| {title} | " + " | ".join(cell(found, links, method) for links in columns) + " |")
+    for (links, method), result in sorted(found.items()):
         if method == "adaptive" and result["rows"]:
-            print(f"\n{scenario}: {result['rows'][-1]['reason']}")
+            plans = list(dict.fromkeys(row["reason"] for row in result["rows"] if row["reason"]))
+            print("\n" + "\n".join(f"{heading(links, [result])}: {plan}" for plan in plans))
 
 
 def main() -> None:
@@ -214,13 +192,12 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     parser.add_argument("--scenarios", default=",".join(SCENARIOS))
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="of every packet, one way")
     parser.add_argument("--target", type=float, default=1.50, help="held-out loss, nats a byte")
     parser.add_argument("--limit-s", type=float, default=30.0, help="of one method over one kind of link")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--pretrain-steps", type=int, default=1500)
-    parser.add_argument("--pretrain-lr", type=float, default=4e-3)
-    for name in ("worker", "method", "scenario", "token", "start"):
+    for name in ("worker", "method", "scenario", "token"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is not None:
@@ -234,22 +211,21 @@ def main() -> None:
         report(args.report)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    start = quality.start_path(0, args)
-    if not start.exists():
-        print(quality.pretrain(0, args), flush=True)
+    if not Pretraining(args.out).path(0).exists():
+        print(Pretraining(args.out).run(0), flush=True)
     for scenario in args.scenarios.split(","):
-        lab = Lab(SCENARIOS[scenario])
+        lab = Lab(SCENARIOS[scenario], args.delay_ms)
         try:
             for method in args.methods.split(","):
-                path = args.out / f"{scenario}-{method}.json"
+                delay = f"-{args.delay_ms:g}ms" if args.delay_ms else ""
+                path = args.out / f"{scenario}{delay}-{method}.json"
                 if path.exists():
                     continue
                 with tempfile.TemporaryDirectory() as folder:
-                    result = measure(args, scenario, method, start, folder)
+                    result = measure(args, scenario, method, folder)
                 path.write_text(json.dumps(result))
-                print(
-                    f"{scenario} {method}: {result['rows'][-1] if result['rows'] else 'nothing'}", flush=True
-                )
+                end = result["rows"][-1] if result["rows"] else "nothing"
+                print(f"{scenario}{delay} {method}: {end}", flush=True)
         finally:
             lab.close()
 

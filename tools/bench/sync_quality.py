@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import multiprocessing
 import os
-import sysconfig
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -25,145 +23,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from byte_gpt import (
+    HIDDEN,
+    Compressed,
+    Corpus,
+    Model,
+    Pretraining,
+    cosine_rate,
+    evaluate,
+    loss_of,
+    optimizer_of,
+    update,
+)
 
 from ltrain.config.sync import DiLoCo, SparseLoCo
-from ltrain.parallel.stage_link import Subspace, SubspaceEmbedding, SubspaceLinear, project_writers
+from ltrain.parallel.stage_link import Subspace
 from ltrain.sync.outer import OuterState
-
-HIDDEN, LAYERS, HEADS, CONTEXT, VOCAB = 128, 2, 4, 64, 256
-
-
-class Block(nn.Module):
-    """Pre-norm; `space` makes its residual writers write into the subspace only."""
-
-    def __init__(self, space: Subspace | None = None) -> None:
-        super().__init__()
-
-        def writer(inputs: int) -> nn.Module:
-            return nn.Linear(inputs, HIDDEN, bias=False) if space is None else SubspaceLinear(inputs, space)
-
-        self.norm1, self.norm2 = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
-        self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), writer(HIDDEN)
-        self.up, self.down = nn.Linear(HIDDEN, 4 * HIDDEN), writer(4 * HIDDEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        heads = self.qkv(self.norm1(x)).view(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, HIDDEN))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class Model(nn.Module):
-    """Two stages of one layer; `link` stands on the boundary between them.
-
-    With `space` the first stage is of reparametrised layers.
-    """
-
-    def __init__(self, space: Subspace | None = None) -> None:
-        super().__init__()
-        self.embedding = (
-            nn.Embedding(VOCAB, HIDDEN) if space is None else SubspaceEmbedding(space, VOCAB, 0.02)
-        )
-        self.position = nn.Embedding(CONTEXT, HIDDEN)
-        self.blocks = nn.ModuleList([Block(space if i < LAYERS // 2 else None) for i in range(LAYERS)])
-        self.norm, self.head = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, VOCAB)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                writer = "out" in name or "down" in name
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * LAYERS) if writer else 1))
-
-    def forward(self, ids: Tensor, link: Compressed | None = None) -> Tensor:
-        x = self.embedding(ids) + self.position.weight[: ids.shape[1]]
-        for i, block in enumerate(self.blocks):
-            if i == LAYERS // 2 and link is not None:
-                x = link(x, ids)
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-class Compressed:
-    """The link of a replica that is a pipeline of two slow workers.
-
-    What crosses is (x - anchor) U; the anchor is what the token and position tables have outside of the
-    subspace when a round starts. `projected` keeps the first stage's writers and tables inside the subspace
-    (adaptations `project_writers` and `absorb_embedding_drift`), so that nothing is lost on the way; without
-    it the link drops what lies outside.
-    """
-
-    def __init__(self, space: Subspace, model: Model, projected: bool) -> None:
-        self.basis, self.space, self.model, self.projected = space.basis, space, model, projected
-        self.tables = [model.embedding.weight, model.position.weight]
-        self.start_round()
-
-    def _outside(self, x: Tensor) -> Tensor:
-        return x - (x @ self.basis) @ self.basis.t()
-
-    @torch.no_grad()
-    def start_round(self) -> None:
-        self.anchors = [self._outside(table) for table in self.tables]
-        self.after_step()
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        if not self.projected:
-            return
-        stage = self.model.blocks[: LAYERS // 2]
-        project_writers([w.weight for block in stage for w in (block.out, block.down)], self.space)
-        for table, anchor in zip(self.tables, self.anchors, strict=True):
-            table.copy_(table - self._outside(table) + anchor)
-
-    def __call__(self, x: Tensor, ids: Tensor) -> Tensor:
-        anchor = self.anchors[0][ids] + self.anchors[1][: ids.shape[1]]
-        return ((x - anchor) @ self.basis) @ self.basis.t() + anchor
-
-
-class Corpus:
-    """Bytes of the Python standard library; a step's sequences depend on seed, step and replica only."""
-
-    def __init__(self, seed: int) -> None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        text = b"".join(p.read_bytes() for p in sorted(root.glob("*.py")))
-        data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        split = int(0.95 * len(data))
-        self.train, self.held_out, self.seed = data[:split], data[split:], seed
-
-    def batch(self, step: int, replica: int, sequences: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step * 101 + replica)
-        at = torch.randint(len(self.train) - CONTEXT - 1, (sequences, 1), generator=generator)
-        return self.train[at + torch.arange(CONTEXT + 1)].long()
-
-    def test(self, sequences: int = 256) -> Tensor:
-        at = torch.linspace(0, len(self.held_out) - CONTEXT - 2, sequences).long()[:, None]
-        return self.held_out[at + torch.arange(CONTEXT + 1)].long()
-
-
-def loss_of(model: Model, ids: Tensor, link: Compressed | None = None) -> Tensor:
-    return F.cross_entropy(model(ids[:, :-1], link).flatten(0, 1), ids[:, 1:].flatten())
-
-
-@torch.no_grad()
-def evaluate(model: Model, ids: Tensor, link: Compressed | None = None) -> float:
-    return float(loss_of(model, ids, link))
-
-
-def optimizer_of(model: Model, lr: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
-
-
-def rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 5 %, cosine to 10 %."""
-    warm = min(1.0, (step + 1) / max(1, steps // 20))
-    return peak * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
-
-
-def update(model: Model, optimizer: torch.optim.AdamW, lr: float) -> None:
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 @dataclass(frozen=True)
@@ -231,16 +106,15 @@ def arms(h: int, scratch_h: int) -> list[Arm]:
     return found + [Arm(**{**vars(arm), "start": "scratch"}) for arm in scratch]
 
 
-def start_path(seed: int, args: argparse.Namespace) -> Path:
-    return args.out / f"start-{seed}-{args.pretrain_steps}-{args.pretrain_lr:g}.pt"
-
-
 def start_of(arm: Arm, seed: int, args: argparse.Namespace, space: Subspace) -> Model:
-    torch.manual_seed(seed)
-    model = Model(space if arm.model == "reparametrised" else None)
     if arm.start == "continued":
-        model.load_state_dict(torch.load(start_path(seed, args), weights_only=True))
-    return model
+        return pretraining(args).load(seed)
+    torch.manual_seed(seed)
+    return Model(space if arm.model == "reparametrised" else None)
+
+
+def pretraining(args: argparse.Namespace) -> Pretraining:
+    return Pretraining(args.out, args.pretrain_steps, args.pretrain_lr)
 
 
 def schedule_of(arm: Arm, args: argparse.Namespace) -> tuple[int, float]:
@@ -261,7 +135,7 @@ def train_every_step(arm: Arm, start: Model, corpus: Corpus, args: argparse.Name
     for step in range(steps):
         ids = torch.cat([corpus.batch(step, r, args.sequences) for r in range(args.replicas)])
         loss_of(start, ids).backward()
-        update(start, optimizer, rate(step, steps, peak))
+        update(start, optimizer, cosine_rate(step, steps, peak))
         if (step + 1) % args.eval_every == 0:
             curve.append(evaluate(start, test))
     return {"curve": curve, "bytes_up": ring_bytes(start, args.replicas) * steps}
@@ -298,7 +172,7 @@ def train_rounds(
     for step in range(steps):
         for r, (model, link) in enumerate(zip(models, links, strict=True)):
             loss_of(model, corpus.batch(step, r, args.sequences), link).backward()
-            update(model, optimizers[r], rate(step, steps, peak))
+            update(model, optimizers[r], cosine_rate(step, steps, peak))
             if link is not None:
                 link.after_step()
         if (step + 1) % arm.config.steps_per_round == 0 or step + 1 == steps:
@@ -340,21 +214,6 @@ def run_arm(arm: Arm, seed: int, args: argparse.Namespace) -> str:
     path.with_suffix(".tmp").write_text(json.dumps(row))
     path.with_suffix(".tmp").replace(path)
     return f"{arm.key} seed {seed}: {row['curve'][-1]:.4f} ({time.perf_counter() - began:.0f} s)"
-
-
-def pretrain(seed: int, args: argparse.Namespace) -> str:
-    """Data parallelism on tokens of its own, for the weights from which the continued arms go on."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    model, corpus = Model(), Corpus(seed)
-    optimizer = optimizer_of(model, args.pretrain_lr)
-    for step in range(args.pretrain_steps):
-        loss_of(model, corpus.batch(-1 - step, 0, 16)).backward()
-        update(model, optimizer, rate(step, args.pretrain_steps, args.pretrain_lr))
-    path = start_path(seed, args)
-    torch.save(model.state_dict(), path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
-    return f"pretrained seed {seed}: {evaluate(model, corpus.test()):.4f}"
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -403,8 +262,8 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
         starts: dict[int, Future[str]] = {}
         for seed in sorted({seed for arm, seed in todo if arm.start == "continued"}):
-            if not start_path(seed, args).exists():
-                starts[seed] = pool.submit(pretrain, seed, args)
+            if not pretraining(args).path(seed).exists():
+                starts[seed] = pool.submit(pretraining(args).run, seed)
         jobs = [pool.submit(run_arm, arm, seed, args) for arm, seed in todo if arm.start == "scratch"]
         for start in starts.values():
             print(start.result(), flush=True)
