@@ -4,10 +4,11 @@
     ltrain report --elimination DIR                                       # table and plot
 
 For every seed a model is trained at 256 tokens, then on at 1,024 (linear position interpolation) by every
-arm, each a run of the trainer: same start, data, number of tokens. All arms are evaluated without
-elimination, on held-out text and on a recall task: pairs @key=value stand in text, and every key is asked for
-once at the end of the document. Dense training of as many bytes, random and recent blocks are controls that
-arXiv 2501.09767 lacks. Every arm is one thread and writes one JSON file.
+arm, each a run of the trainer: same start, data, number of tokens. All arms are evaluated without elimination,
+on held-out text and on a recall task: eight keys with their values, control characters that no source uses,
+stand anywhere in text, and every key is asked for once at the end of the document. Dense training of as many
+bytes, random and recent blocks are controls that arXiv 2501.09767 lacks. Every arm is one thread and writes one
+JSON file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import multiprocessing
 import os
 import random
-import string
 import sysconfig
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,6 +28,9 @@ from typing import Any
 SHORT, LONG = 256, 1024
 LAYERS, HIDDEN, HEADS, KV_HEADS, FFN, BLOCK = 6, 96, 4, 2, 256, 16
 RATIO, SPARSE = 0.4, (2, 3, 4)
+# One byte a key and a value, tab and line breaks left out.
+KEYS = [chr(14 + i) for i in range(8)]
+VALUES = [chr(1 + i) for i in range(8)]
 # The share of the long sequence whose dense training saves as many bytes as `qkv` on all of it, at
 # memory.level mlp: 2 residual inputs of the hidden size, and q, k, v, out of attention.
 _ATTENTION = HIDDEN + 2 * HIDDEN + 2 * HIDDEN * KV_HEADS // HEADS
@@ -70,6 +73,7 @@ def write_data(folder: Path, tiny: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     texts = [file.read_bytes().decode("ascii", "ignore") for file in files]
+    texts = ["".join(c for c in text if c >= " " or c in "\t\n") for text in texts]
     texts = [text for text in texts if len(text) > 4 * LONG]
     test, train = texts[::12], [text for i, text in enumerate(texts) if i % 12]
     rng = random.Random(0)
@@ -79,9 +83,12 @@ def write_data(folder: Path, tiny: bool) -> None:
 
     for size in (SHORT, EQUAL_BYTES, LONG):
         count = (300 if tiny else 24000) * SHORT // size
-        # The base model learns to recall from short documents that ask three times.
-        asks = 3 if size == SHORT else 1
-        dump(f"recall-{size}.jsonl", [recall_document(rng, train, size, asks) for _ in range(count)])
+        # The base model learns to recall from short documents that ask three times, and from drills.
+        asks, drills = (3, count) if size == SHORT else (1, 0)
+        recall = [recall_document(rng, train, size, asks) for _ in range(count)]
+        recall += [drill(rng) for _ in range(drills)]
+        rng.shuffle(recall)
+        dump(f"recall-{size}.jsonl", recall)
         chunks = [text[at : at + size - 2] for text in train for at in range(0, len(text) - size, size)]
         rng.shuffle(chunks)
         dump(f"text-{size}.jsonl", chunks[: 200 if tiny else 20000])
@@ -93,24 +100,24 @@ def write_data(folder: Path, tiny: bool) -> None:
 
 
 def recall_document(rng: random.Random, texts: list[str], size: int, asks: int = 1) -> str:
-    """Pairs `@ab=XY` at random places of a text, then `asks` times a line `?ab=XY` for each in random
-    order."""
-    count = size // 32
-    keys: set[str] = set()
-    while len(keys) < count:
-        keys.add("".join(rng.choices(string.ascii_lowercase, k=2)))
-    pairs = [(key, "".join(rng.choices(string.ascii_uppercase, k=2))) for key in sorted(keys)]
-    rng.shuffle(pairs)
-    asked = "".join(f"?{k}={v}\n" for _ in range(asks) for k, v in rng.sample(pairs, count))
-    # A document begins and ends with a special token.
-    room = size - 2 - len(asked) - 7 * count
+    """Each key and its value at a random place of a text, then `asks` times all keys and values in random
+    order; of `size` tokens with the special ones at the ends.
+    """
+    pairs = [key + rng.choice(VALUES) for key in KEYS]
+    asked = "".join("".join(rng.sample(pairs, len(pairs))) for _ in range(asks))
+    room = size - 2 - len(asked) - 2 * len(pairs)
     text = rng.choice(texts)
     start = rng.randrange(len(text) - room)
-    filler = text[start : start + room].replace("@", " ").replace("?", " ")
-    cuts = sorted(rng.randrange(room + 1) for _ in range(count))
-    parts = [filler[a:b] for a, b in zip([0, *cuts], [*cuts, room], strict=True)]
-    body = "".join(part + f"@{k}={v}\n" for part, (k, v) in zip(parts, pairs, strict=False)) + parts[-1]
-    return body + asked
+    cuts = sorted(rng.randrange(room + 1) for _ in pairs)
+    parts = [text[start : start + room][a:b] for a, b in zip([0, *cuts], [*cuts, room], strict=True)]
+    stated = [*rng.sample(pairs, len(pairs)), ""]
+    return "".join(part + pair for part, pair in zip(parts, stated, strict=True)) + asked
+
+
+def drill(rng: random.Random) -> str:
+    """Keys and their values over and over, without text: what a base model learns to recall from."""
+    pairs = [key + rng.choice(VALUES) for key in KEYS]
+    return "".join("".join(rng.sample(pairs, len(pairs))) for _ in range(4))
 
 
 def config_tree(args: argparse.Namespace, name: str, seed: int, size: int, **changes: Any) -> dict[str, Any]:
@@ -303,13 +310,12 @@ def evaluate(run: Any, data: Path) -> dict[str, float]:
             if kind == "text":
                 spans = {"text": nll, "text_last_quarter": nll[3 * len(nll) // 4 :]}
             else:
-                # A value is the two bytes after '?ab='; target i is token i + 1.
+                # The last pairs ask; target i is token i + 1.
                 shift = 0 if run.tokenizer.bos_id is None else 1
-                asks = [at for at, byte in enumerate(text) if byte == "?" and text[at + 3] == "="]
-                where = torch.tensor([[at + 4, at + 5] for at in asks]) + shift - 1
-                hit = (logits[:-1].argmax(-1) == targets)[where].all(1)
+                where = torch.arange(len(text) - 2 * len(KEYS) + 1, len(text), 2) + shift - 1
+                hit = (logits[:-1].argmax(-1) == targets)[where]
                 right, asked = right + int(hit.sum()), asked + len(hit)
-                spans = {"recall": nll[where.flatten()]}
+                spans = {"recall": nll[where]}
             for name, values in spans.items():
                 totals[name][0] += float(values.double().sum())
                 totals[name][1] += len(values)
@@ -324,7 +330,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pretrain-steps", type=int, default=300)
+    parser.add_argument("--pretrain-steps", type=int, default=450)
     parser.add_argument("--pretrain-lr", type=float, default=4e-3)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rows", type=int, default=4, help="rows of 1,024 tokens in a step")
