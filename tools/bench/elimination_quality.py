@@ -4,11 +4,11 @@
     ltrain report --elimination DIR                                       # table and plot
 
 For every seed a model is trained at 256 tokens, then on at 1,024 (linear position interpolation) by every
-arm, each a run of the trainer: same start, data, number of tokens. All arms are evaluated without elimination,
-on held-out text and on a recall task: eight keys with their values, control characters that no source uses,
-stand anywhere in text, and every key is asked for once at the end of the document. Dense training of as many
-bytes, random and recent blocks are controls that arXiv 2501.09767 lacks. Every arm is one thread and writes one
-JSON file.
+arm, each a run of the trainer: same start, data, number of tokens. All arms are evaluated without
+elimination, on held-out text and on a recall task: eight keys with their values, control characters that no
+source uses, stand anywhere in text, and every key is asked for once at the end of the document. Dense
+training of as many bytes, random and recent blocks are controls that arXiv 2501.09767 lacks. Every arm is
+one thread and writes one JSON file.
 """
 
 from __future__ import annotations
