@@ -73,9 +73,8 @@ class LayoutChoice:
                 if (self.pattern.is_dense_layer(i, num_layers), w) == (dense, window)
             )
             shape = self.pattern.shape_of(
-                num_tokens=num_tokens, num_kv_heads=self.num_kv_heads, num_heads=None, block=self.block,
-                doc_ids=doc_ids, layer=layer, num_layers=num_layers, q=None, kv_head_offset=0,
-                total_kv_heads=None, device=torch.device("cpu"),
+                num_tokens=num_tokens, num_kv_heads=self.num_kv_heads, block=self.block, doc_ids=doc_ids,
+                layer=layer, num_layers=num_layers,
             )  # fmt: skip
             work = self.pattern.row_work(shape)
             if window is not None:

@@ -54,8 +54,8 @@ def select_distributed(
         raise ConfigError("q, k", (tuple(q.shape), tuple(k.shape)), "must be [B, T_local, H, D]")
     shape = pattern.shape_of(
         num_tokens=layout.num_tokens, num_kv_heads=k.shape[2], num_heads=q.shape[2], block=layout.block,
-        doc_ids=doc_ids, layer=layer, num_layers=num_layers, q=q, kv_head_offset=kv_head_offset,
-        total_kv_heads=total_kv_heads, device=None,
+        doc_ids=doc_ids, layer=layer, num_layers=num_layers, kv_head_offset=kv_head_offset,
+        total_kv_heads=total_kv_heads, device=q.device,
     )  # fmt: skip
     if pattern.static or pattern.is_dense_layer(layer, num_layers):
         return Selection(pattern.static_index(shape))
@@ -86,8 +86,8 @@ def lesson_distributed(
     world_size, rank = size_of(group), rank_in(group)
     shape = pattern.shape_of(
         num_tokens=layout.num_tokens, num_kv_heads=k.shape[2], num_heads=q.shape[2], block=layout.block,
-        doc_ids=doc_ids, layer=layer, num_layers=num_layers, q=q, kv_head_offset=kv_head_offset,
-        total_kv_heads=total_kv_heads, device=None,
+        doc_ids=doc_ids, layer=layer, num_layers=num_layers, kv_head_offset=kv_head_offset,
+        total_kv_heads=total_kv_heads, device=q.device,
     )  # fmt: skip
     place = Place(rank, world_size, layout.block_owner, layout.block)
     steps = pattern.lesson(q, k, shape, place, step)

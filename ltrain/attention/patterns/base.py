@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Required, TypedDict, Unpack, cast
 
 import numpy as np
 import torch
@@ -118,6 +118,27 @@ class LayerCall:
     attend_here: Callable[..., Tensor] = _attend_here
 
 
+class ShapeArguments(TypedDict, total=False):
+    """What an index is asked for.
+
+    `num_heads` (num_kv_heads) and `num_kv_heads` are heads of this process; `kv_head_offset` (0) is the
+    global id of the first and `total_kv_heads` counts the whole model's, needed with an offset. `block` (128)
+    in tokens, `doc_ids` int [T] or [B, T] (one document), `layer` (0) of `num_layers` (unknown), `device`
+    (that of q, else the CPU).
+    """
+
+    num_tokens: Required[int]
+    num_kv_heads: Required[int]
+    num_heads: int | None
+    block: int
+    doc_ids: Tensor | None
+    layer: int
+    num_layers: int | None
+    kv_head_offset: int
+    total_kv_heads: int | None
+    device: torch.device | str | None
+
+
 class Pattern(PatternFields, ABC):
     """A pattern of attention; subclasses also inherit their configuration section.
 
@@ -182,81 +203,45 @@ class Pattern(PatternFields, ABC):
     def index(
         self,
         *,
-        num_tokens: int,
-        num_kv_heads: int,
-        num_heads: int | None = None,
-        block: int = 128,
-        doc_ids: Tensor | None = None,
-        layer: int = 0,
-        num_layers: int | None = None,
         q: Tensor | None = None,
         k: Tensor | None = None,
-        kv_head_offset: int = 0,
-        total_kv_heads: int | None = None,
         module: nn.Module | None = None,
-        device: torch.device | str | None = None,
+        **shape: Unpack[ShapeArguments],
     ) -> BlockIndex:
         """The blocks to attend, over the whole sequence in document order; a constant, to be saved and used
         again.
 
-        num_heads, num_kv_heads: heads of this process; `kv_head_offset` is the global id of the first, and
-        `total_kv_heads` counts the whole model's (needed with an offset). q [B, T, Hq, D] and k [B, T, Hkv,
-        D], after rotary embedding, are for dynamic patterns; `module` is the learned part of those that
-        have one. doc_ids: int [T] or [B, T]. Raises ConfigError on arguments that do not fit.
+        q [B, T, Hq, D] and k [B, T, Hkv, D], after rotary embedding, are for dynamic patterns; `module` is
+        the learned part of those that have one. Raises ConfigError on arguments that do not fit.
         """
-        return self.select(
-            num_tokens=num_tokens, num_kv_heads=num_kv_heads, num_heads=num_heads, block=block,
-            doc_ids=doc_ids, layer=layer, num_layers=num_layers, q=q, k=k, kv_head_offset=kv_head_offset,
-            total_kv_heads=total_kv_heads, module=module, device=device,
-        ).as_index()  # fmt: skip
+        return self.select(q=q, k=k, module=module, **shape).as_index()
 
     @torch.no_grad()
     def select(
         self,
         *,
-        num_tokens: int,
-        num_kv_heads: int,
-        num_heads: int | None = None,
-        block: int = 128,
-        doc_ids: Tensor | None = None,
-        layer: int = 0,
-        num_layers: int | None = None,
         q: Tensor | None = None,
         k: Tensor | None = None,
-        kv_head_offset: int = 0,
-        total_kv_heads: int | None = None,
         module: nn.Module | None = None,
-        device: torch.device | str | None = None,
+        **shape: Unpack[ShapeArguments],
     ) -> Selection:
         """As `index`, with single keys apart where the pattern chooses them (`vertical_slash`)."""
-        shape = self.shape_of(
-            num_tokens=num_tokens, num_kv_heads=num_kv_heads, num_heads=num_heads, block=block,
-            doc_ids=doc_ids, layer=layer, num_layers=num_layers, q=q, kv_head_offset=kv_head_offset,
-            total_kv_heads=total_kv_heads, device=device,
-        )  # fmt: skip
-        if self.static or self.is_dense_layer(layer, num_layers):
-            return Selection(self.static_index(shape))
-        check_queries(self.kind, q, k, shape, num_tokens)
+        if shape.get("device") is None and q is not None:
+            shape["device"] = q.device
+        found = self.shape_of(**shape)
+        if self.static or self.is_dense_layer(found.layer, found.num_layers):
+            return Selection(self.static_index(found))
+        check_queries(self.kind, q, k, found, found.num_tokens)
         q, k = cast(Tensor, q), cast(Tensor, k)
-        return run_alone(self.steps(q, k, shape, alone(num_tokens, block), module))
+        return run_alone(self.steps(q, k, found, alone(found.num_tokens, found.block), module))
 
-    def shape_of(
-        self,
-        *,
-        num_tokens: int,
-        num_kv_heads: int,
-        num_heads: int | None,
-        block: int,
-        doc_ids: Tensor | None,
-        layer: int,
-        num_layers: int | None,
-        q: Tensor | None,
-        kv_head_offset: int,
-        total_kv_heads: int | None,
-        device: torch.device | str | None,
-    ) -> Shape:
-        """The arguments of `select`, checked and completed."""
-        num_heads = num_kv_heads if num_heads is None else num_heads
+    @staticmethod
+    def shape_of(**given: Unpack[ShapeArguments]) -> Shape:
+        """The arguments checked and completed. Raises ConfigError where they do not fit."""
+        num_tokens, num_kv_heads = given["num_tokens"], given["num_kv_heads"]
+        num_heads = given.get("num_heads") or num_kv_heads
+        block, layer, num_layers = given.get("block", 128), given.get("layer", 0), given.get("num_layers")
+        kv_head_offset, total_kv_heads = given.get("kv_head_offset", 0), given.get("total_kv_heads")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ConfigError("num_heads", num_heads, f"must be a multiple of num_kv_heads={num_kv_heads}")
         if total_kv_heads is None:
@@ -275,10 +260,10 @@ class Pattern(PatternFields, ABC):
             raise ConfigError(
                 "layer", layer, f"must lie in 0..{'' if num_layers is None else num_layers - 1}"
             )
-        where = q.device if device is None and q is not None else torch.device(device or "cpu")
+        documents = documents_of(given.get("doc_ids"), num_tokens, block)
         return Shape(
-            num_tokens, num_heads, num_kv_heads, block, documents_of(doc_ids, num_tokens, block), layer,
-            num_layers, kv_head_offset, total_kv_heads, where,
+            num_tokens, num_heads, num_kv_heads, block, documents, layer,
+            num_layers, kv_head_offset, total_kv_heads, torch.device(given.get("device") or "cpu"),
         )  # fmt: skip
 
     def static_index(self, shape: Shape) -> BlockIndex:

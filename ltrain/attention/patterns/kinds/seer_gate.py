@@ -209,7 +209,7 @@ def distillation(
     """The loss's constants on one process: q [B, T, Hq, D], k [B, T, Hkv, D], doc_ids int [T] or [B, T]."""
     shape = pattern.shape_of(
         num_tokens=q.shape[1], num_kv_heads=k.shape[2], num_heads=q.shape[2], block=block, doc_ids=doc_ids,
-        layer=0, num_layers=None, q=q, kv_head_offset=0, total_kv_heads=None, device=None,
+        device=q.device,
     )  # fmt: skip
     place = alone(q.shape[1], block)
     rows = pattern.target_blocks(shape.documents[0].num_blocks, step)
