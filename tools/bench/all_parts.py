@@ -20,6 +20,7 @@ import platform
 import socket
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def run_arm(name: str, parts: tuple[str, ...], out: Path, steps: int | None) -> 
     else:
         command = ["bash", str(ROOT / "launch" / "local.sh"), str(RANKS), str(config)]
         runs = [folder / "run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     metrics = [run / "metrics.jsonl" for run in runs]
     for path in metrics:
         path.unlink(missing_ok=True)
@@ -142,22 +144,9 @@ def run_arm(name: str, parts: tuple[str, ...], out: Path, steps: int | None) -> 
 def table(rows: list[dict[str, Any]]) -> str:
     """The report; ratios are to the dense static run."""
     dense = next(row for row in rows if row["name"] == "dense static")
-    head = [
-        "",
-        "tokens/s",
-        "over dense",
-        "MB on the wire a step",
-        "of it attention",
-        "of it between replicas",
-    ]
-    head += [
-        "of it between replicas",
-        "bytes saved a token and layer",
-        "density",
-        "tokens kept",
-        "held-out loss",
-        "beside dense",
-    ]
+    head = ["", "tokens/s", "over dense", "MB on the wire a step", "of it attention"]
+    head += ["of it between replicas", "bytes saved a token and layer", "density", "tokens kept"]
+    head += ["held-out loss", "beside dense"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in sorted(rows, key=lambda row: list(ARMS).index(row["name"])):
         cells = [
