@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ltrain.attention.patterns import Pattern
