@@ -1,9 +1,9 @@
-"""What sparse patterns cost in quality: one short context extension a pattern, same tokens, same steps.
+"""What sparse patterns and token elimination cost in quality: one short extension each, same tokens.
 
     python tools/bench/pattern_quality.py run --workers 16 --out DIR
     python tools/bench/pattern_quality.py report DIR --docs docs/benchmarks
 
-A small byte model is trained at 512 tokens and extended to 4,096 (YaRN, factor 8) with each pattern. The
+A small byte model is trained at 512 tokens and extended to 4,096 (YaRN, factor 8) by each arm. The
 documents are the Python standard library's source, into which records are woven: a key and a value, bytes
 above 127 that no source uses, the values drawn anew for every document. A key comes back several times,
 always with its value, so that every later occurrence asks for a fact that stands a known number of tokens
@@ -49,6 +49,14 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "seer_gate": {"kind": "seer_gate", "top_k": 6, "gate_dim": 32, "target_rows": 8},
     "nsa": {"kind": "nsa", "top_k": 4, "window": 64, "compress": 16, "initial_gates": [0.1, 1.0, 0.1]},
 }
+
+# Arms that are no pattern: dense attention, fewer tokens in two of three layers, all again at the end.
+ELIMINATION = {
+    "elimination": {
+        **{"kind": "blocks", "block": BLOCK, "ratio": 0.5, "dense_layers": [0], "strata": 4, "anneal": 0.2},
+    },
+}
+ARMS = [*PATTERNS, *ELIMINATION]
 
 
 def write_documents(
@@ -144,7 +152,8 @@ def arm_tree(out: Path, pattern: str, seed: int, steps: int) -> dict[str, Any]:
         "optimizer": {"kind": "adamw", "lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.0},
         "schedule": {"kind": "cosine", "warmup_steps": min(4, steps), "min_lr_ratio": 0.1},
         "parallel": {"context": {"schedule": "ring", "block": BLOCK}},
-        "attention": {"pattern": PATTERNS[pattern]},
+        "attention": {"pattern": PATTERNS.get(pattern, {"kind": "dense"})},
+        "elimination": ELIMINATION.get(pattern, {"kind": "none"}),
         "eval": {"at_start": False, "at_end": False, "max_tokens": 16 * LONG},
     }
     return tree(out, f"{pattern}-{seed}", options, seed, "long")
@@ -180,7 +189,7 @@ def run_arm(out: Path, pattern: str, seed: int, steps: int) -> dict[str, Any]:
         "pattern": pattern,
         "seed": seed,
         "steps": steps,
-        "fields": PATTERNS[pattern],
+        "fields": ELIMINATION.get(pattern) or PATTERNS[pattern],
         "train_s": seconds,
         "density": records[-1].get("sparse/density", 1.0),
         "curve": [r["train/loss"] for r in records if "train/loss" in r],
@@ -289,10 +298,10 @@ def main() -> int:
     run.add_argument("--base-steps", type=int, default=400)
     run.add_argument("--base-ranks", type=int, help="processes of a base run (workers / seeds)")
     run.add_argument("--steps", type=int, default=36, help="of 8,192 tokens")
-    run.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS))
+    run.add_argument("--patterns", nargs="+", choices=ARMS, default=ARMS)
     arm = commands.add_parser("arm")
     arm.add_argument("--out", type=Path, required=True)
-    arm.add_argument("--pattern", choices=list(PATTERNS), required=True)
+    arm.add_argument("--pattern", choices=ARMS, required=True)
     arm.add_argument("--seed", type=int, required=True)
     arm.add_argument("--steps", type=int, required=True)
     report = commands.add_parser("report")
