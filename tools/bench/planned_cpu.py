@@ -5,7 +5,8 @@
 Starts the ranks itself (gloo, one thread each; give it as many free cores and one for the planner). The
 documents are the files of the running Python's standard library, in bytes, of at most `--seq-len`. A round
 takes one step's rows through every arm, one after the other, in an order that turns by one each round:
-planned assignment, and each static degree under ring and Ulysses exchange. All arms share one model, one
+planned assignment, and each static degree at which the longest document fits a device, under ring and Ulysses
+exchange. All arms share one model, one
 optimizer and the same rows; a step is forward, backward, gradient reduction and the optimizer. The planner's
 constants are measured by the run itself before the first step, and corrected online from the groups of the
 earlier rounds (`--calibrate off`: not); plans are made in the background.
@@ -83,18 +84,37 @@ def measure(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
+    from ltrain.attention import patterns
+    from ltrain.attention.layout_choice import LayoutChoice
     from ltrain.config.load import validate
     from ltrain.config.parallel import ContextSection
     from ltrain.parallel.collectives import subgroup
     from ltrain.parallel.mesh import Axis, init_process_group
     from ltrain.train.assignment import StaticAssignment
+    from ltrain.train.batch import MicroBatch
     from ltrain.train.build import build_run
     from ltrain.train.main import set_seed
     from ltrain.train.optimizer import optimizer_step, set_learning_rate
     from ltrain.train.planned import Planned
     from ltrain.train.step import reduce_totals, run_model
 
+    class Static(StaticAssignment):
+        """Rows dealt over the arm's own groups, under the arm's own exchange."""
+
+        def __init__(self, mesh: Any, node_size: int | None, layout: Any, schedule: str) -> None:
+            super().__init__(mesh, node_size, layout)
+            self.schedule = schedule
+
+        def batches(self, rows: Any) -> list[MicroBatch]:
+            made = super().batches(rows)
+            for batch in made:
+                batch.context.schedule = self.schedule
+            return made
+
     torch.set_num_threads(1)
+    if args.pin:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
     config = validate(tree(args, args.folder))
     init_process_group(600)
     set_seed(config.run.seed)
@@ -103,20 +123,25 @@ def measure(args: argparse.Namespace) -> None:
     assert isinstance(planned, Planned)
     pool = run.mesh.data_context
 
-    def static(degree: int, schedule: str) -> StaticAssignment:
+    pattern = patterns.from_config(config.attention.pattern)
+
+    def static(degree: int, schedule: str) -> Static:
         first = pool.rank // degree * degree
         members = tuple(range(first, first + degree))
         group = subgroup(pool.group, f"static {degree}", members)
         context = Axis("context", degree, pool.rank - first, group, members)
         data = replace(run.mesh.data, size=pool.size // degree, rank=first // degree)
         section = ContextSection(degree=degree, schedule=schedule, block=args.block)
-        return StaticAssignment(section, replace(run.mesh, context=context, data=data))
+        rule = LayoutChoice(section, pattern, run.spec.windows, num_kv_heads=run.spec.num_kv_heads)
+        return Static(replace(run.mesh, context=context, data=data), None, rule, schedule)
 
-    arms: dict[str, Any] = {"planned": planned, "static 1": static(1, "ring")}
-    degree = 2
+    arms: dict[str, Any] = {"planned": planned}
+    room = config.parallel.assignment.cluster.tokens_per_device
+    degree = 1
     while degree <= pool.size:
-        for schedule in ("ring", "ulysses"):
-            arms[f"static {degree} {schedule}"] = static(degree, schedule)
+        if degree * room >= args.seq_len:
+            for schedule in ("ring", "ulysses") if degree > 1 else ("ring",):
+                arms[f"static {degree} {schedule}" if degree > 1 else "static 1"] = static(degree, schedule)
         degree *= 2
 
     def step(assignment: Any, rows: list[Any]) -> tuple[float, float]:
@@ -251,6 +276,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--block", type=int, default=128)
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--calibrate", choices=("off", "online"), default="online")
+    made.add_argument(
+        "--pin",
+        action="store_true",
+        help="each rank on one core: equal shares where cores are fewer than ranks",
+    )
     made.add_argument("--out", type=Path, default=Path("planned_cpu"))
     made.add_argument("--folder", default=None, help=argparse.SUPPRESS)
     return made
