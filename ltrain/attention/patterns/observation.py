@@ -65,13 +65,15 @@ class Watched:
             return nothing - torch.inf, nothing
         best = top.amax(0)
         scale = (top - best.masked_fill(best == -torch.inf, 0)).exp()
-        return best, (self.weight.sum(-1, dtype=torch.float64) * scale).sum(0)
+        # A block's sum is taken in fp32: it depends on the block alone, and widening costs a copy.
+        return best, (self.weight.sum(-1).double() * scale).sum(0)
 
-    def probability(self, lse: Tensor) -> Tensor:
-        """Attention in units of 2^-32, integers in fp64 [n, G * M, block]; lse [G * M] as from
-        `normaliser`.
+    def probability(self, lse: Tensor, which: slice | Tensor) -> Tensor:
+        """Attention to blocks `which` in units of 2^-32, integers in fp64 [n, G * M, block]; lse [G * M] as
+        from `normaliser`.
         """
-        return (self.weight.double() * ((self.top.double() - lse).exp() * ONE)[..., None]).round_()
+        scale = (self.top[which].double() - lse).exp_().mul_(ONE)
+        return self.weight[which].double().mul_(scale[..., None]).round_()
 
 
 def normaliser(best: Tensor, total: Tensor) -> Tensor:
@@ -90,17 +92,24 @@ def watch(
     """Score a window: queries [M, G, D] and this rank's key blocks [own blocks, block, D] of one key/value
     head.
 
-    `own` are the ids of all the rank's blocks, `blocks` those of them that the window sees.
+    `own` are the ids of all the rank's blocks, `blocks` those that the window sees, neighbours in `own`.
     """
     num_queries, group, head_dim = queries.shape
-    picked = torch.from_numpy(np.searchsorted(own, blocks)).to(keys.device)
+    first = int(np.searchsorted(own, blocks[0])) if len(blocks) else 0
+    picked = keys[first : first + len(blocks)].float().contiguous()
     rows = (queries.float() * head_dim**-0.5).transpose(0, 1).reshape(group * num_queries, head_dim)
     # One matrix product of one shape for each block, so a block's bits don't depend on its neighbours.
-    logits = torch.bmm(rows.expand(len(blocks), -1, -1), keys[picked].float().transpose(1, 2))
-    token = torch.from_numpy(blocks[:, None] * docs.block + np.arange(docs.block)).to(keys.device)
-    position = torch.from_numpy(window.rows).to(keys.device)
-    visible = (token[:, None] <= position[None, :, None]) & (token[:, None] >= int(docs.starts[window.doc]))
-    logits.view(len(blocks), group, num_queries, docs.block).masked_fill_(~visible[:, None], -torch.inf)
+    logits = torch.bmm(rows.expand(len(blocks), -1, -1), picked.transpose(1, 2))
+    # Only blocks that the document's first key or the window's first query cuts hold keys out of sight.
+    start = int(docs.starts[window.doc])
+    cut = np.flatnonzero((blocks * docs.block < start) | ((blocks + 1) * docs.block > window.rows[0]))
+    if len(cut):
+        at = torch.from_numpy(cut).to(keys.device)
+        token = torch.from_numpy(blocks[cut, None] * docs.block + np.arange(docs.block)).to(keys.device)
+        position = torch.from_numpy(window.rows).to(keys.device)
+        hidden = (token[:, None] > position[None, :, None]) | (token[:, None] < start)
+        some = logits[at].view(len(cut), group, num_queries, docs.block)
+        logits[at] = some.masked_fill_(hidden[:, None], -torch.inf).view_as(logits[at])
     top = logits.amax(-1)
     weight = logits.sub_(top.masked_fill(top == -torch.inf, 0)[..., None]).exp_()
     return Watched(blocks, weight, top)
@@ -111,14 +120,22 @@ def visible_blocks(window: Window, docs: Documents, own: np.ndarray) -> np.ndarr
     return own[(own >= docs.first_block[window.doc]) & (own <= window.rows[-1] // docs.block)]
 
 
-def not_always_kept(window: Window, docs: Documents, blocks: np.ndarray, *, local: int, sinks: int) -> Tensor:
-    """Bool [n, M, block]: pairs outside the nearest `local` block diagonals and the document's first
-    tokens.
+def leave_out_kept(
+    probability: Tensor, window: Window, docs: Documents, blocks: np.ndarray, *, local: int, sinks: int
+) -> None:
+    """Set the attention [n, ..., M, block] of pairs within the nearest `local` block diagonals or on the
+    document's first tokens to 0, in place.
     """
-    far = window.rows[None] // docs.block - blocks[:, None] >= local
-    token = blocks[:, None] * docs.block + np.arange(docs.block)
-    late = token >= docs.starts[window.doc] + sinks
-    return torch.from_numpy(far[:, :, None] & late[:, None, :])
+    first = int(docs.starts[window.doc]) + sinks
+    near = window.rows[-1] // docs.block - blocks < local + len(window.rows) // docs.block + 1
+    some = np.flatnonzero(near | (blocks * docs.block < first))
+    if not len(some):
+        return
+    at = torch.from_numpy(some).to(probability.device)
+    far = window.rows[None] // docs.block - blocks[some, None] >= local
+    late = blocks[some, None] * docs.block + np.arange(docs.block) >= first
+    free = torch.from_numpy(far[:, :, None] & late[:, None, :]).to(probability.device)
+    probability[at] *= free.view(len(some), *(1,) * (probability.ndim - 3), *free.shape[1:])
 
 
 def slash_sums(probability: Tensor, window: Window, docs: Documents, blocks: np.ndarray, out: Tensor) -> None:
@@ -126,12 +143,13 @@ def slash_sums(probability: Tensor, window: Window, docs: Documents, blocks: np.
     t * block .. (t + 1) * block - 1.
 
     A query at place p of its block meets bin t in the columns 0..p of one block and in those after p of the
-    next one back, so bin t needs the block diagonals t and t + 1.
+    next one back, so bin t needs the block diagonals t and t + 1. Overwrites `probability`.
     """
     phase = torch.from_numpy(window.rows % docs.block).to(out.device)
     upto = torch.arange(docs.block, device=out.device) <= phase[:, None]
-    near = (probability * upto).sum(-1)
-    far = probability.sum(-1) - near
+    far = probability.sum(-1)
+    near = probability.mul_(upto).sum(-1)
+    far -= near
     bin_of = torch.from_numpy(window.rows[None] // docs.block - blocks[:, None]).to(out.device)
     for part, number in ((near, bin_of), (far, bin_of - 1)):
         flat = part.permute(1, 0, 2).flatten(1)

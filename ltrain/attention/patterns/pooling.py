@@ -20,7 +20,9 @@ def in_blocks(x: Tensor, place: Place) -> Tensor:
     """
     num_blocks = len(place.blocks)
     missing = num_blocks * place.block - x.shape[1]
-    return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)).unflatten(1, (num_blocks, place.block))
+    if missing:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
+    return x.unflatten(1, (num_blocks, place.block))
 
 
 def valid_tokens(documents: list[Documents], blocks: np.ndarray, *, keys: bool) -> Tensor:

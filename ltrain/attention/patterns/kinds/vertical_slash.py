@@ -24,8 +24,8 @@ from ltrain.attention.patterns.kinds.sliding_window import local_blocks
 from ltrain.attention.patterns.observation import (
     ONE,
     Watched,
+    leave_out_kept,
     normaliser,
-    not_always_kept,
     slash_sums,
     visible_blocks,
     watch,
@@ -38,6 +38,8 @@ from ltrain.config.patterns import VerticalSlashFields
 
 # A quarter: of the queries that make a key heavy, and of a key's attention that one query may hold.
 HEAVY = 4
+# fp64 numbers of a watched window that are worked on at a time on a CPU.
+CACHED = 1 << 17
 
 
 class VerticalSlash(VerticalSlashFields, DynamicPattern):
@@ -153,30 +155,59 @@ class _Search:
         self, members: list[int], head: int, lse: Tensor, verticals: Tensor, slashes: Tensor
     ) -> None:
         """Add one document's attention, from all its windows, for the units of one key/value head."""
-        found = []
         mass = torch.zeros_like(verticals)
         largest, often = mass.clone(), mass.clone()
+        bound = HEAVY * self._of_one_query() / self.rule.max_verticals
         for number in members:
             window, watched = self.windows[number], self.watched[number][head]
-            docs, count = self.docs(window.b), len(window.rows)
-            free = not_always_kept(window, docs, watched.blocks, local=self.local, sinks=self.rule.sinks)
-            start = self._normaliser_offset(number, head)
-            p = watched.probability(lse[start : start + self.group * count]).unflatten(1, (self.group, count))
-            p = p * free[:, None].to(p.device)
-            if self.rule.heads == "kv":
-                p = p.sum(1, keepdim=True)
-            slot = torch.from_numpy(np.searchsorted(self.place.blocks, watched.blocks)).to(p.device)
-            found.append((window, docs, watched.blocks, p, slot))
-            by_unit = p.transpose(0, 1)
-            mass[:, slot] += by_unit.sum(2)
-            largest[:, slot] = torch.maximum(largest[:, slot], by_unit.amax(2))
-            often[:, slot] += (by_unit > HEAVY * self._of_one_query() / self.rule.max_verticals).sum(2)
+            step = _chunk(watched)
+            for at in range(0, len(watched.blocks), step):
+                blocks = watched.blocks[at : at + step]
+                p = self._attention(number, head, lse, slice(at, at + step))
+                slot = torch.from_numpy(np.searchsorted(self.place.blocks, blocks)).to(p.device)
+                by_unit = p.transpose(0, 1)
+                best = by_unit.amax(2)
+                mass[:, slot] += by_unit.sum(2)
+                largest[:, slot] = torch.maximum(largest[:, slot], best)
+                above = (best > bound).any(-1).any(0)
+                often[:, slot[above]] += (by_unit[:, above] > bound).sum(2)
+                slash_sums(p, window, self.docs(window.b), blocks, slashes)
         queries = sum(len(self.windows[number].rows) for number in members)
         heavy = HEAVY * often >= queries
         verticals += 4 * mass + heavy + 2 * ((HEAVY * largest > mass) & ~heavy)
-        for window, docs, blocks, p, slot in found:
-            light = ~heavy[:, slot].transpose(0, 1)
-            slash_sums(p * light[:, :, None], window, docs, blocks, slashes)
+        self._leave_out_of_slashes(heavy, members, head, lse, slashes)
+
+    def _attention(self, number: int, head: int, lse: Tensor, which: slice | Tensor) -> Tensor:
+        """A window's attention to some of its blocks, without what is always kept: fp64 integers [n, units,
+        M, block].
+        """
+        window, watched = self.windows[number], self.watched[number][head]
+        start, count = self._normaliser_offset(number, head), len(window.rows)
+        p = watched.probability(lse[start : start + self.group * count], which)
+        p = p.unflatten(1, (self.group, count))
+        if self.rule.heads == "kv":
+            p = p.sum(1, keepdim=True)
+        blocks = watched.blocks[which if isinstance(which, slice) else which.cpu().numpy()]
+        leave_out_kept(p, window, self.docs(window.b), blocks, local=self.local, sinks=self.rule.sinks)
+        return p
+
+    def _leave_out_of_slashes(
+        self, heavy: Tensor, members: list[int], head: int, lse: Tensor, slashes: Tensor
+    ) -> None:
+        """Take the attention on heavy keys [units, own blocks, block] out of the sums over distances: few
+        blocks have any, and integers come out as if they had never been added.
+        """
+        with_heavy = heavy.any(-1).any(0).nonzero()[:, 0].cpu().numpy()
+        for number in members:
+            window, watched = self.windows[number], self.watched[number][head]
+            found = np.flatnonzero(np.isin(watched.blocks, self.place.blocks[with_heavy]))
+            if not len(found):
+                continue
+            blocks = watched.blocks[found]
+            slot = torch.from_numpy(np.searchsorted(self.place.blocks, blocks)).to(heavy.device)
+            p = self._attention(number, head, lse, torch.from_numpy(found).to(heavy.device))
+            p *= -heavy[:, slot].transpose(0, 1)[:, :, None].double()
+            slash_sums(p, window, self.docs(window.b), blocks, slashes)
 
     def finish(self, whole: Tensor, units: np.ndarray) -> Tensor:
         """Choose for the units dealt to this rank: packed bits uint8 [units, bytes] of verticals, then
@@ -208,7 +239,8 @@ class _Search:
     def _choose(self, coded: Tensor, slashes: Tensor, total: float) -> tuple[Tensor, Tensor]:
         """Keys and block diagonals of one document and unit, from sums that leave out what is always kept."""
         rule = self.rule
-        verticals, code = coded.div(4, rounding_mode="floor"), coded.remainder(4)
+        verticals = coded.div(4).floor_()
+        code = coded - 4 * verticals
         heavy, passing = code == 1, code == 2
         always = total - float(verticals.sum())
         keys = _share(verticals, rule.vertical_p * total - always, rule.max_verticals) & ~passing | heavy
@@ -251,6 +283,13 @@ class _Search:
 
     def _of_one_query(self) -> float:
         return ONE * (self.group if self.rule.heads == "kv" else 1)
+
+
+def _chunk(watched: Watched) -> int:
+    """Blocks at a time: on a CPU so many that their attention stays in the cache."""
+    if watched.weight.device.type != "cpu":
+        return max(1, len(watched.blocks))
+    return max(1, CACHED // (watched.weight.shape[1] * watched.weight.shape[2]))
 
 
 def _share(mass: Tensor, need: float, limit: int) -> Tensor:
