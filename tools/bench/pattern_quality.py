@@ -222,16 +222,19 @@ def start(command: list[str], log: Path) -> None:
         subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=True)
 
 
+def make_documents(out: Path, seed: int) -> None:
+    if not (out / f"short-{seed}").exists():
+        write_documents(out / f"short-{seed}", seed, 7000, SHORT, 6, drills=30000)
+    if not (out / f"long-{seed}").exists():
+        write_documents(out / f"long-{seed}", 1000 + seed, 500, LONG, 10)
+
+
 def make_base(out: Path, seed: int, steps: int, ranks: int) -> None:
     """The base model of a seed, trained by `ranks` data-parallel processes."""
     import yaml
 
     if (out / "runs" / f"base-{seed}" / "hf" / "config.json").exists():
         return
-    if not (out / f"short-{seed}").exists():
-        write_documents(out / f"short-{seed}", seed, 7000, SHORT, 6, drills=30000)
-    if not (out / f"long-{seed}").exists():
-        write_documents(out / f"long-{seed}", 1000 + seed, 500, LONG, 10)
     path = out / f"base-{seed}.yaml"
     path.write_text(yaml.safe_dump(base_tree(out, seed, steps, ranks)))
     script = Path(__file__).parents[2] / "launch" / "train.py"
@@ -246,6 +249,8 @@ def run_all(options: argparse.Namespace) -> int:
     seeds = range(options.seeds)
     ranks = options.base_ranks or max(1, options.workers // options.seeds)
     began = time.perf_counter()
+    for seed in seeds:  # one after the other: transformers cannot be imported by two threads at once
+        make_documents(out, seed)
     with ThreadPoolExecutor(options.seeds) as pool:
         list(pool.map(lambda seed: make_base(out, seed, options.base_steps, ranks), seeds))
     print(f"base models: {time.perf_counter() - began:.0f} s", flush=True)
