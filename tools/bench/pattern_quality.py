@@ -106,7 +106,7 @@ def tree(out: Path, name: str, options: dict[str, Any], seed: int, store: str) -
             "sources": [{"kind": "tokens", "path": str(out / f"{store}-{seed}")}],
             "packing": "none" if store == "long" else "concat_split",
             "max_document_tokens": LONG if store == "long" else SHORT,
-            "holdout": 0.03,
+            "holdout": 0.06,
         },
         "checkpoint": {"every": 0, "resume": False, "export": store != "long"},
         "metrics": {"console": "quiet", "tensorboard": False, "wandb": "off"},
@@ -145,7 +145,7 @@ def arm_tree(out: Path, pattern: str, seed: int, steps: int) -> dict[str, Any]:
         "schedule": {"kind": "cosine", "warmup_steps": min(4, steps), "min_lr_ratio": 0.1},
         "parallel": {"context": {"schedule": "ring", "block": BLOCK}},
         "attention": {"pattern": PATTERNS[pattern]},
-        "eval": {"at_start": False, "at_end": False, "max_tokens": 16 * LONG},
+        "eval": {"at_start": False, "at_end": False, "max_tokens": 32 * LONG},
     }
     return tree(out, f"{pattern}-{seed}", options, seed, "long")
 
@@ -226,7 +226,7 @@ def make_documents(out: Path, seed: int) -> None:
     if not (out / f"short-{seed}").exists():
         write_documents(out / f"short-{seed}", seed, 7000, SHORT, 6, drills=30000)
     if not (out / f"long-{seed}").exists():
-        write_documents(out / f"long-{seed}", 1000 + seed, 500, LONG, 10)
+        write_documents(out / f"long-{seed}", 1000 + seed, 500, LONG, 4)
 
 
 def make_base(out: Path, seed: int, steps: int, ranks: int) -> None:
