@@ -114,7 +114,7 @@ def tree(out: Path, name: str, options: dict[str, Any], seed: int, store: str) -
             "sources": [{"kind": "tokens", "path": str(out / f"{store}-{seed}")}],
             "packing": "none" if store == "long" else "concat_split",
             "max_document_tokens": LONG if store == "long" else SHORT,
-            "holdout": 0.03,
+            "holdout": 0.06,
         },
         "checkpoint": {"every": 0, "resume": False, "export": store != "long"},
         "metrics": {"console": "quiet", "tensorboard": False, "wandb": "off"},
@@ -154,7 +154,7 @@ def arm_tree(out: Path, pattern: str, seed: int, steps: int) -> dict[str, Any]:
         "parallel": {"context": {"schedule": "ring", "block": BLOCK}},
         "attention": {"pattern": PATTERNS.get(pattern, {"kind": "dense"})},
         "elimination": ELIMINATION.get(pattern, {"kind": "none"}),
-        "eval": {"at_start": False, "at_end": False, "max_tokens": 16 * LONG},
+        "eval": {"at_start": False, "at_end": False, "max_tokens": 32 * LONG},
     }
     return tree(out, f"{pattern}-{seed}", options, seed, "long")
 
@@ -235,7 +235,7 @@ def make_documents(out: Path, seed: int) -> None:
     if not (out / f"short-{seed}").exists():
         write_documents(out / f"short-{seed}", seed, 7000, SHORT, 6, drills=30000)
     if not (out / f"long-{seed}").exists():
-        write_documents(out / f"long-{seed}", 1000 + seed, 500, LONG, 10)
+        write_documents(out / f"long-{seed}", 1000 + seed, 500, LONG, 4)
 
 
 def make_base(out: Path, seed: int, steps: int, ranks: int) -> None:
