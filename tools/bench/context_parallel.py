@@ -3,14 +3,16 @@
 `real`: mask patterns x schedules x world sizes over gloo: time of forward + backward, bytes counted against
 those that the formulas give, peak memory of the call's own buffers, largest error against fp64. The baselines
 stand in the same run: the dense zigzag ring, and an ideal share (this rank's part of the heads over the whole
-sequence, no exchange). `simulate`: the cost model's event-by-event times from the same index and layout for a
-hardware profile, up to 1,024 ranks, and which schedule wins where; the published per-layer times of arXiv
-2510.18830 beside the model's.
+sequence, no exchange). With `--link-mbit` every half of the ranks is a node: a network namespace whose link
+to the other has this rate (needs root). `simulate`: the cost model's event-by-event times from the same index
+and layout for a hardware profile, up to 1,024 ranks, and which schedule wins where; the published per-layer
+times of arXiv 2510.18830 beside the model's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -22,69 +24,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import slow_links
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from context_parallel_masks import PATTERNS, make_index
+from context_parallel_simulated import SCHEDULES, published, simulate
 from context_parallel_tables import real_table, simulated_table, write_report
 from torch import Tensor
 
 from ltrain.attention.context_parallel import context_parallel_attention
-from ltrain.attention.cost_model import Setting, Shapes, needed_token_heads, predict
-from ltrain.attention.profile import PROFILES, Profile
-from ltrain.attention.work import Entries, Work, visible_entries
 from ltrain.parallel.collectives import Traffic
 from ltrain.parallel.layout import SequenceLayout
-from ltrain_kernels.block_sparse import BlockIndex, block_sparse_attention, closed
+from ltrain_kernels.block_sparse import block_sparse_attention
 
-PATTERNS = ("dense", "window", "strided", "slashes", "random")
-SCHEDULES = ("ring", "all_gather", "ulysses", "needed", "hierarchical", "nested_ring", "ulysses_ring")
-
-
-def make_index(
-    pattern: str, num_tokens: int, block: int, kv_heads: int, density: float, seed: int = 0
-) -> BlockIndex:
-    """The index of a pattern over the whole sequence; `density` is the share of causal blocks for the last
-    two."""
-    blocks = -(-num_tokens // block)
-    if pattern == "dense":
-        return closed.dense(num_tokens, block)
-    if pattern == "window":
-        return closed.sliding_window(num_tokens, block, local=min(33, max(2, blocks // 16)))
-    if pattern == "strided":
-        stride = max(2, kv_heads)
-        residues = [-h % stride for h in range(kv_heads)]
-        return closed.strided(num_tokens, block, local=16, stride=stride, residues=residues)
-    if pattern == "slashes":
-        offsets = slash_offsets(blocks, kv_heads, density, seed)
-        width = max(len(o) for o in offsets)
-        ids = torch.full((1, kv_heads, blocks, width), -1)
-        rows = torch.arange(blocks)[:, None]
-        for head, own in enumerate(offsets):
-            ids[0, head, :, : len(own)] = (rows - torch.from_numpy(own)[None]).clamp(min=-1)
-        return BlockIndex.from_rows(ids, blocks, block, block)
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(1, kv_heads, blocks, blocks, generator=generator) < density
-    mask |= torch.eye(blocks, dtype=torch.bool)
-    return BlockIndex.from_mask(mask, block, block, causal=True)
-
-
-def slash_offsets(blocks: int, heads: int, density: float, seed: int) -> list[np.ndarray]:
-    """Block diagonals of each head: the nearest quarter of the budget, the rest log-uniform, as found in
-    practice."""
-    rng = np.random.default_rng(seed)
-    budget, found = density * blocks * (blocks + 1) / 2, []
-    for _ in range(heads):
-        near = max(1, int(budget / blocks / 4))
-        far = np.unique(np.exp(rng.uniform(0, np.log(max(blocks, 2)), 4 * blocks)).astype(int))
-        own, area = list(range(near)), sum(blocks - o for o in range(near))
-        for offset in rng.permutation(far[(far >= near) & (far < blocks)]):
-            if area >= budget:
-                break
-            own.append(int(offset))
-            area += blocks - int(offset)
-        found.append(np.array(sorted(own)))
-    return found
+NODES = 2
 
 
 @dataclass(frozen=True)
@@ -210,7 +164,11 @@ def error_against_fp64(job: Job, rank: int, world: int) -> float:
     return worst
 
 
-def _worker(rank: int, world: int, store: str, jobs: list[Job], results: Any) -> None:
+def _worker(rank: int, world: int, store: str, jobs: list[Job], results: Any, emulated: bool) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if emulated:
+        slow_links.enter(rank // (world // NODES))
+        os.environ["GLOO_SOCKET_IFNAME"] = "e0"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     found = []
@@ -223,14 +181,17 @@ def _worker(rank: int, world: int, store: str, jobs: list[Job], results: Any) ->
     dist.destroy_process_group()
 
 
-def run_world(world: int, jobs: list[Job]) -> list[dict[str, Any]]:
+def run_world(world: int, jobs: list[Job], link_mbit: int | None = None) -> list[dict[str, Any]]:
     """All jobs on `world` processes of one thread; the slowest rank's times, the largest of the rest."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     context = mp.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        if link_mbit is not None:
+            stack.callback(slow_links.Lab([link_mbit] * NODES).close)
         results = context.Queue()
         processes = [
-            context.Process(target=_worker, args=(r, world, f"{folder}/store", jobs, results))
+            context.Process(
+                target=_worker, args=(r, world, f"{folder}/store", jobs, results, link_mbit is not None)
+            )
             for r in range(world)
         ]
         for process in processes:
@@ -258,7 +219,7 @@ def real(options: argparse.Namespace) -> list[dict[str, Any]]:
                     continue
                 jobs.append(_job(options, pattern, schedule, "striped", node))
         jobs.insert(0, _job(options, "dense", "ring", "zigzag", node))
-        for job, found in zip(jobs, run_world(world, jobs), strict=True):
+        for job, found in zip(jobs, run_world(world, jobs, options.link_mbit), strict=True):
             rows.append({"world": world, **asdict(job), **found})
     return rows
 
@@ -280,63 +241,6 @@ def _job(options: argparse.Namespace, pattern: str, schedule: str, layout: str, 
         node,
         options.memory,
     )
-
-
-def simulate(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Predictions of all schedules for worlds x profiles x patterns, as rows."""
-    rows = []
-    for profile_name in options.profiles:
-        profile = PROFILES[profile_name] if profile_name in PROFILES else Profile.load(profile_name)
-        for pattern in options.patterns:
-            index = make_index(pattern, options.tokens, options.block, options.kv_heads, options.density)
-            shapes = Shapes(options.q_heads, options.kv_heads, options.head_dim, options.head_dim)
-            for world in options.worlds:
-                layout = SequenceLayout("striped", options.tokens, world, options.block)
-                entries = visible_entries(index, layout, options.q_heads)
-                for schedule in ("halo", *SCHEDULES) if pattern == "window" else SCHEDULES:
-                    rows.append(_predicted(schedule, pattern, entries, layout, shapes, profile, options))
-    return rows
-
-
-def _predicted(
-    schedule: str,
-    pattern: str,
-    entries: Entries,
-    layout: SequenceLayout,
-    shapes: Shapes,
-    profile: Profile,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    if schedule in ("needed", "halo"):
-        layout = SequenceLayout("zigzag", layout.num_tokens, layout.world_size, layout.block)
-    work = Work.of(entries, layout, options.q_heads)
-    needed = needed_token_heads(entries, layout, options.kv_heads) if schedule in ("needed", "halo") else None
-    found = predict(schedule, Setting(work, shapes, profile, needed))
-    return {
-        "profile": profile.name,
-        "pattern": pattern,
-        "world": layout.world_size,
-        **asdict(found),
-        "imbalance": work.imbalance,
-    }
-
-
-def published() -> list[tuple[str, float, float]]:
-    """(schedule, published ms, predicted ms) of a forward layer: Qwen2.5-3B heads, 512K, 4 x 8 A100, 95 %
-    sparse."""
-    tokens, ranks, block, select_ms = 524288, 32, 128, 1.13
-    blocks = tokens // block
-    offsets = slash_offsets(blocks, 16, 0.05, 0)
-    rows = [np.concatenate([np.arange(o, blocks) for o in own]) for own in offsets]
-    cols = [np.concatenate([np.arange(blocks - o) for o in own]) for own in offsets]
-    heads = np.concatenate([np.full(len(r), h) for h, r in enumerate(rows)])
-    layout = SequenceLayout("striped", tokens, ranks, block)
-    work = Work.of(Entries(np.concatenate(rows), np.concatenate(cols), heads, 16, 1), layout, 16)
-    setting = Setting(work, Shapes(16, 2, 128, 128), PROFILES["a100-40gb-hdr"])
-    return [
-        (name, ms, predict(name, setting).forward_s * 1e3 + select_ms)
-        for name, ms in (("ring", 34.10), ("nested_ring", 19.53))
-    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -361,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         "--density", type=float, default=0.05, help="share of causal blocks kept, slashes and random"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--link-mbit", type=int, help="real: two nodes, joined at this rate")
     parser.add_argument(
         "--memory", action="store_true", help="also measure peak memory (a profiled extra call)"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import os
 import select
@@ -36,6 +37,14 @@ def worker_address(index: int) -> str:
 def inside(index: int) -> list[str]:
     """What to put before a command that runs as worker `index`."""
     return ["ip", "netns", "exec", f"lw{index}"]
+
+
+def enter(index: int) -> None:
+    """Make this process worker `index`. Call it before it has threads or sockets."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/lw{index}") as namespace:
+        if libc.setns(namespace.fileno(), 0):
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace lw{index}")
 
 
 def _run(command: str, check: bool = True) -> None:
