@@ -271,9 +271,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="also write the rows to this file; report: read them")
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/context_parallel.md"))
+    parser.add_argument("--mark", default="real ranks", help="report: where in the page")
     options = parser.parse_args(argv)
     if options.mode == "report":
-        write_report(options.json, options.page)
+        write_report(options.json, options.page, options.mark)
         return 0
     if options.mode == "published":
         print("| schedule | published ms | predicted ms | ratio |\n|---|---|---|---|")

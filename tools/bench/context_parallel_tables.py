@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- real ranks -->", "<!-- end of real ranks -->"
-
 
 def real_table(rows: list[dict[str, Any]]) -> str:
     """Ratios are of the slowest rank: of the ideal share by CPU seconds, which other load on the machine
@@ -15,8 +13,8 @@ def real_table(rows: list[dict[str, Any]]) -> str:
     """
     lines = [
         "| ranks | pattern | schedule | layout | wall s | CPU s | of ideal, CPU | of ideal, wall "
-        "| against dense zigzag ring | waits s | MB sent | between nodes | peak MB | error |",
-        "|" + "---|" * 14,
+        "| dense zigzag ring over it, CPU | wall | waits s | MB sent | between nodes | peak MB | error |",
+        "|" + "---|" * 15,
     ]
     for row in rows:
         same = [r for r in rows if r["world"] == row["world"]]
@@ -25,7 +23,8 @@ def real_table(rows: list[dict[str, Any]]) -> str:
         cells = [row["world"], row["pattern"], row["schedule"], row["layout"]]
         cells += [f"{row[t]:.3f}" for t in ("s", "cpu_s")]
         cells += [f"{ideal[0][t] / row[t]:.2f}" if ideal else "" for t in ("cpu_s", "s")]
-        cells += [f"{dense['cpu_s'] / row['cpu_s']:.1f} x", f"{row['wait_s']:.3f}"]
+        cells += [f"{dense[t] / row[t]:.1f} x" for t in ("cpu_s", "s")]
+        cells += [f"{row['wait_s']:.3f}"]
         cells += [f"{row['bytes'] / 1e6:.2f}", f"{row['between_nodes'] / 1e6:.2f}"]
         cells += ["" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}"]
         cells += ["" if row["error"] is None else f"{row['error']:.0e}"]
@@ -59,8 +58,11 @@ def simulated_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_report(path: Path, page: Path) -> None:
-    """Put the table of `path`, which a run wrote with --json, into the page between its marks."""
+def write_report(path: Path, page: Path, mark: str) -> None:
+    """Put the table of `path`, which a run wrote with --json, into the page between the lines `<!-- mark -->`
+    and `<!-- end of mark -->`.
+    """
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
     found = json.loads(path.read_text())
     first = found["rows"][0]
     density = f"{100 * first['density']:.0f} % of the causal blocks where the pattern is sparse"
@@ -72,5 +74,5 @@ def write_report(path: Path, page: Path) -> None:
         f"    python tools/bench/context_parallel.py {' '.join(found['arguments'])}\n\n"
     )
     whole = page.read_text()
-    before, after = whole.split(BEGIN)[0], whole.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{text}{real_table(found['rows'])}\n{END}{after}")
+    before, after = whole.split(begin)[0], whole.split(end)[1]
+    page.write_text(f"{before}{begin}\n{text}{real_table(found['rows'])}\n{end}{after}")
