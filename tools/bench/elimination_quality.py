@@ -152,7 +152,7 @@ def pretrain(args: argparse.Namespace, seed: int) -> None:
     steps = 4 if args.tiny else args.pretrain_steps
     tree = config_tree(
         args, name, seed, SHORT, model=model,
-        train={"seq_len": LONG, "tokens_per_step": 8 * LONG, "steps": steps, "dtype": "fp32"},
+        train={"seq_len": LONG, "tokens_per_step": 2 * LONG, "steps": steps, "dtype": "fp32"},
         optimizer={"kind": "adamw", "lr": args.pretrain_lr, "betas": [0.9, 0.95]},
         schedule={"kind": "cosine", "warmup_steps": max(1, steps // 20)},
     )  # fmt: skip
@@ -330,7 +330,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pretrain-steps", type=int, default=450)
+    parser.add_argument("--pretrain-steps", type=int, default=800)
     parser.add_argument("--pretrain-lr", type=float, default=4e-3)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rows", type=int, default=4, help="rows of 1,024 tokens in a step")
