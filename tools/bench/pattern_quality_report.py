@@ -49,7 +49,7 @@ def _loss_table(names: list[str], arms: Any, dense: dict[int, dict[str, Any]]) -
         rows = arms[name]
         seeds = sorted(set(rows) & set(dense))
         over = statistics.mean(rows[s]["loss"] / dense[s]["loss"] - 1 for s in seeds)
-        worst = max(curve_gap(rows[s]["curve"], dense[s]["curve"]) for s in seeds)
+        worst = max((max(curve_gaps(rows[s]["curve"], dense[s]["curve"]), key=abs) for s in seeds), key=abs)
         losses = " ".join(f"{rows[s]['loss']:.4f}" for s in sorted(rows))
         cells = [f"`{name}`", f"{_mean(rows, 'density'):.3f}", losses]
         cells += ["" if name == "dense" else f"{100 * value:+.2f} %" for value in (over, worst)]
@@ -58,13 +58,13 @@ def _loss_table(names: list[str], arms: Any, dense: dict[int, dict[str, Any]]) -
     return "\n".join(lines)
 
 
-def curve_gap(curve: list[float], dense: list[float]) -> float:
-    """Largest relative gap to the dense curve at equal steps, over means of 8 neighbouring steps."""
+def curve_gaps(curve: list[float], dense: list[float]) -> list[float]:
+    """Relative gaps to the dense curve at equal steps, over means of 8 neighbouring steps."""
     width = min(8, len(dense))
     own, other = (
         [statistics.mean(x[i : i + width]) for i in range(len(dense) - width + 1)] for x in (curve, dense)
     )
-    return max((a / b - 1 for a, b in zip(own, other, strict=True)), key=abs)
+    return [a / b - 1 for a, b in zip(own, other, strict=True)]
 
 
 def _recall_table(names: list[str], arms: Any) -> str:
@@ -82,19 +82,22 @@ def _recall_table(names: list[str], arms: Any) -> str:
 
 
 def _plot(names: list[str], arms: Any, path: Path) -> None:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.5, 4.2))
+    dense = arms["dense"]
     for name in names:
-        rows = list(arms[name].values())
-        curve = [statistics.mean(values) for values in zip(*(r["curve"] for r in rows), strict=True)]
+        rows = arms[name]
         width = 2.4 if name == "dense" else 1.1
-        left.plot(range(1, len(curve) + 1), curve, label=name, linewidth=width)
-        ends = list(rows[0]["by_position"])
-        means = [statistics.mean(r["by_position"][end] for r in rows) for end in ends]
+        gaps = [curve_gaps(row["curve"], dense[seed]["curve"]) for seed, row in rows.items() if seed in dense]
+        means = [100 * statistics.mean(values) for values in zip(*gaps, strict=True)]
+        left.plot(range(8, 8 + len(means)), means, label=name, linewidth=width)
+        ends = list(next(iter(rows.values()))["by_position"])
+        means = [statistics.mean(row["by_position"][end] for row in rows.values()) for end in ends]
         right.plot(ends, means, marker="o", markersize=3, label=name, linewidth=width)
     left.set_xlabel("step")
-    left.set_ylabel(f"training loss, nats a byte, mean of {len(arms['dense'])} seeds")
+    left.set_ylabel("training loss over dense, %, means of 8 steps")
+    left.set_ylim(-1, 8)
     right.set_xlabel("position in the document, up to")
-    right.set_ylabel("held-out loss")
-    right.legend(fontsize=7)
+    right.set_ylabel("held-out loss, nats a byte")
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
