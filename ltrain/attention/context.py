@@ -20,14 +20,18 @@ from ltrain_kernels.block_sparse import BlockIndex
 class Excerpt:
     """What a shorter sequence was taken from: `whole`, of which it holds the blocks `blocks`, ascending.
 
-    `token_ids` int32 [T] are its tokens' places in the whole sequence: masks by distance go by them.
-    `pair_share` is its part of the whole sequence's visible (query, key) pairs. `index` is what a pattern
-    that goes by distances has found online in the whole sequence (None: nothing has been searched there).
+    `token_ids` int32 [T] are its tokens' places in the whole sequence: masks by distance go by them. `rows`
+    int64 [T_local] are its tokens' rows in this rank's shard of `whole`, whose rotary `tables` the layers
+    share. `pair_share` is its part of the whole sequence's visible (query, key) pairs. `index` is what a
+    pattern that goes by distances has found online in the whole sequence (None: nothing has been searched
+    there).
     """
 
     whole: AttentionContext
     blocks: np.ndarray
     token_ids: Tensor
+    rows: Tensor
+    tables: tuple[Tensor, Tensor]
     pair_share: float
     index: BlockIndex | None = None
 

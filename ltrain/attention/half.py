@@ -3,7 +3,8 @@
 For the backward pass it saves x, the fused projection qkv, attention's output and the LSE, each once; the
 norm, qk-norms and rotary embedding are recomputed around them, and no matrix product runs twice. Attention
 is never run again, nor is its selection, plan or exchange: they are handed to the backward pass with the
-output and the LSE. With `save_qkv=False` qkv isn't saved either and its product runs a second time.
+output and the LSE. With `save_qkv=False` qkv isn't saved either and its product runs a second time. Where x
+is some rows of a residual that the MLP half needs too, that residual is saved in its place.
 
 Of a pattern with weights of its own, the output and LSE of each branch are saved, and what it fetched from
 other ranks. Its own loss depends on nothing that follows, so the gradient is computed in the forward pass and
@@ -44,6 +45,30 @@ class Rebuild:
     compute: Callable[..., Tensor]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Some rows of a residual [S, B, E]: `ids` int64, ascending, and `padding` rows of zeros after them."""
+
+    ids: Tensor
+    padding: int = 0
+
+    def take(self, x: Tensor) -> Tensor:
+        """The rows of x, in a new tensor."""
+        return self.pad(x.index_select(0, self.ids))
+
+    def put(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x with these rows in the place of its own, in a new tensor."""
+        return x.index_copy(0, self.ids, self.trim(rows))
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """Rows of `ids` and the zeros after them."""
+        return nn.functional.pad(rows, (0, 0, 0, 0, 0, self.padding)) if self.padding else rows
+
+    def trim(self, rows: Tensor) -> Tensor:
+        """Without the zeros."""
+        return rows[: len(self.ids)] if self.padding else rows
+
+
 class AttentionHalf:
     """The attention half over the modules of an mcore layer: its input norm and its `SelfAttention`.
 
@@ -67,15 +92,30 @@ class AttentionHalf:
         """The pattern's own weights that have a gradient."""
         return tuple(p for module in self.learned for p in module.parameters() if p.requires_grad)
 
-    def __call__(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Rebuild]:
-        """(y [S, B, E], how to rebuild y) of x [S, B, E], the tokens that `context` describes."""
+    def __call__(
+        self, x: Tensor, context: AttentionContext, within: tuple[Tensor, Cut] | None = None
+    ) -> tuple[Tensor, Rebuild]:
+        """(y [S, B, E], how to rebuild y) of x [S, B, E], the tokens that `context` describes.
+
+        `within` is a residual and the cut of it that x is: the residual is then saved in the place of x, and
+        what is rebuilt is the residual with y in its rows.
+        """
         parameters = [p for part in self.parts for p in part.parameters()]
         learn = torch.is_grad_enabled()
-        copy = self.store.put(x.detach()) if self.store is not None and learn else None
-        y, *branches = _AttentionHalf.apply(x, self, context, copy, learn, *parameters)
+        source, cut = (x, None) if within is None else within
+        source = source.detach()
+        copy = self.store.put(source) if self.store is not None and learn else None
+        saved = source if copy is None else None
+        y, *branches = _AttentionHalf.apply(x, self, context, saved, copy, cut, learn, *parameters)
+
+        def again(source: Tensor, *branches: Tensor) -> Tensor:
+            if cut is None:
+                return self.add_projection(source, *branches)
+            return cut.put(source, self.add_projection(cut.take(source), *branches))
+
         if copy is not None:
-            return y, Rebuild(tuple(branches), lambda *branches: self.add_projection(copy.get(), *branches))
-        return y, Rebuild((x.detach(), *branches), self.add_projection)
+            return y, Rebuild(tuple(branches), lambda *branches: again(copy.get(), *branches))
+        return y, Rebuild((source, *branches), again)
 
     def add_projection(self, x: Tensor, *branches: Tensor) -> Tensor:
         """x + proj(attention's output)."""
@@ -136,7 +176,9 @@ class _AttentionHalf(torch.autograd.Function):
         x: Tensor,
         half: AttentionHalf,
         context: AttentionContext,
+        source: Tensor | None,
         copy: HostCopy | None,
+        cut: Cut | None,
         learn: bool,
         *parameters: nn.Parameter,
     ) -> tuple[Tensor, ...]:
@@ -148,11 +190,9 @@ class _AttentionHalf(torch.autograd.Function):
         if done.loss is not None and half.trained:
             loss, weight = done.loss
             lessons = torch.autograd.grad(loss, half.trained, torch.full_like(loss, weight))
-        ctx.half, ctx.context, ctx.copy, ctx.parameters = half, context, copy, parameters
+        ctx.half, ctx.context, ctx.copy, ctx.cut, ctx.parameters = half, context, copy, cut, parameters
         ctx.decisions, ctx.counts = done.decisions, (len(done.branches), len(done.saved), len(lessons))
-        ctx.save_for_backward(
-            x if copy is None else None, qkv if half.save_qkv else None, *done.branches, *done.saved, *lessons
-        )
+        ctx.save_for_backward(source, qkv if half.save_qkv else None, *done.branches, *done.saved, *lessons)
         ctx.mark_non_differentiable(*done.branches)
         return half.add_projection(x, *done.branches), *done.branches
 
@@ -162,14 +202,15 @@ class _AttentionHalf(torch.autograd.Function):
             dx, sums = _backward(ctx, dy)
             if ctx.copy is not None:
                 ctx.copy.drop()
-        return dx, None, None, None, None, *sums.take()
+        return dx, None, None, None, None, None, None, *sums.take()
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Gradients]:
-    x, qkv, *rest = ctx.saved_tensors
+    source, qkv, *rest = ctx.saved_tensors
     branches, saved, lessons = (tuple(part) for part in _split(rest, ctx.counts))
     del rest
-    x = ctx.copy.get() if x is None else x
+    x = ctx.copy.get() if source is None else source
+    x = x if ctx.cut is None else ctx.cut.take(x)
     half, sums = ctx.half, Gradients(ctx.parameters)
     linear = half.attention.linear_qkv
     dout = row_vjp(half.attention.linear_proj, half.output(branches), dy, sums)
@@ -204,4 +245,4 @@ def norm_vjp(norm: nn.Module, x: Tensor, normed: Tensor, dnormed: Tensor, sums: 
     return dx
 
 
-__all__ = ["AttentionHalf", "Rebuild", "norm_vjp"]
+__all__ = ["AttentionHalf", "Cut", "Rebuild", "norm_vjp"]

@@ -159,11 +159,20 @@ class CoreAttention(nn.Module):
         return Attended((out,), (out, lse), done.decisions)
 
     def _rotated(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        assert context.layout is not None and context.rope_positions is not None
-        if context.rope_tables is None:
-            context.rope_tables = self.settings.rope.tables(context.rope_positions, device=q.device)
-        cos, sin = context.rope_tables
+        cos, sin = self.rotary_tables(context, q.device)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+
+    def rotary_tables(self, context: AttentionContext, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of this rank's tokens, shared by the layers. An excerpt is its layer's own: its tables
+        are gathered whenever they are needed, and not kept until the backward pass."""
+        excerpt = context.excerpt
+        if excerpt is not None:
+            cos, sin = (x.index_select(0, excerpt.rows) for x in excerpt.tables)
+            return cos, sin
+        if context.rope_tables is None:
+            assert context.rope_positions is not None
+            context.rope_tables = self.settings.rope.tables(context.rope_positions, device=device)
+        return context.rope_tables
 
     def _shared(self, context: AttentionContext) -> dict[str, Any]:
         """What planning and attending are both told of the sequence."""
@@ -266,11 +275,7 @@ class CoreAttention(nn.Module):
         pattern = self.settings.pattern
         if not self.searches_whole:
             return None
-        assert context.rope_positions is not None
-        if context.rope_tables is None:
-            context.rope_tables = self.settings.rope.tables(context.rope_positions, device=q.device)
-        q, k = (apply_rope(x, *context.rope_tables) for x in (q, k))
-        index, verticals = self._select(q, k, context)
+        index, verticals = self._select(*self._rotated(q, k, context), context)
         assert verticals is None, f"{pattern.kind} must round its verticals up to blocks"
         return index
 

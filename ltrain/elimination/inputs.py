@@ -127,9 +127,8 @@ class LayerInputs:
     def rotated_means(self, *, keys: bool) -> Tensor:
         """Means over every block of rotated queries [N, H, D] or keys [N, K, D], fp32: each token's own."""
         q, k = self.queries_and_keys()
-        context = self.context
-        assert context.rope_positions is not None
-        x = apply_rope(k if keys else q, *self.rope.tables(context.rope_positions, device=q.device))
+        tables = self.attention.core_attention.rotary_tables(self.context, q.device)
+        x = apply_rope(k if keys else q, *tables)
         means = run_means(x, self.place, [self.sequence.documents], self.sequence.block, keys=keys)
         return self.gather(means[:, 0, 0])
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ltrain.attention.context import AttentionContext
+from ltrain.attention.half import Cut, Rebuild
 from ltrain.elimination.inputs import LayerInputs
 from ltrain.elimination.runtime import Choice, Elimination
 from ltrain_kernels.rows import add_rows, close_rows, norm_rows, open_rows
@@ -23,8 +24,7 @@ def eliminating(base: type) -> type:
     """`base`, an mcore `TransformerLayer` around `CoreAttention`, with token elimination.
 
     The class takes one more argument, `elimination`. In evaluation, and in layers whose ratio is 1, it runs
-    the code of `base` and nothing else. `base` may offer `lean_attention(x, context)`, a half with its
-    residual, and `mlp_half(x)`.
+    the code of `base` and nothing else. `base` may be a `LeanTransformerLayer`, whose halves are then used.
     """
 
     class Eliminating(base):  # type: ignore[misc, valid-type]
@@ -43,58 +43,69 @@ def eliminating(base: type) -> type:
             choice = self.elimination.choose(layer, inputs)
             mode = self.elimination.config.mode
             if mode == "layer":
-                passed, rows = self._open(hidden_states, choice)
+                passed, rows = open_rows(hidden_states, choice.rows)
                 inner = self.elimination.excerpt(inputs, choice)
-                rows = self._mlp(self._attention(rows, inner))
-                return self._close(passed, rows, choice), None
+                rows = self._mlp(*self._attention(choice.cut.pad(rows), inner))
+                return close_rows(passed, choice.rows, choice.cut.trim(rows)), None
             half = {"qkv": self._kept, "q": self._asking, "backward": self._exact_forward}[mode]
-            return self._mlp(half(hidden_states, inputs, choice)), None
+            return self._mlp(*half(hidden_states, inputs, choice)), None
 
-        def _kept(self, x: Tensor, inputs: LayerInputs, choice: Choice) -> Tensor:
+        def _kept(self, x: Tensor, inputs: LayerInputs, choice: Choice) -> tuple[Tensor, Rebuild | None]:
             """Dropped tokens are neither queries nor keys."""
             inner = self.elimination.excerpt(inputs, choice)
             norm = self.input_layernorm
-            if hasattr(self, "lean_attention") or choice.padding or type(norm).forward is not _RMS_FORWARD:
-                passed, rows = self._open(x, choice)
-                return self._close(passed, self._attention(rows, inner), choice)
+            if self._lean or choice.cut.padding or type(norm).forward is not _RMS_FORWARD:
+                passed, rows = open_rows(x, choice.rows)
+                rows, rebuild = self._attention(choice.cut.pad(rows), inner, (x, choice.cut))
+                return close_rows(passed, choice.rows, choice.cut.trim(rows)), rebuild
             eps = norm.eps if norm.eps is not None else torch.finfo(x.dtype).eps
             passed, normed = norm_rows(x, choice.rows, norm.weight, eps)
             out, bias = self.self_attention(normed, None, packed_seq_params=inner)
-            return add_rows(passed, choice.rows, out if bias is None else out + bias)
+            return add_rows(passed, choice.rows, out if bias is None else out + bias), None
 
-        def _asking(self, x: Tensor, inputs: LayerInputs, choice: Choice) -> Tensor:
+        def _asking(self, x: Tensor, inputs: LayerInputs, choice: Choice) -> tuple[Tensor, Rebuild | None]:
             """Dropped tokens are keys, not queries: their rows of attention are empty, and so zero."""
             return self._attention(x, self.elimination.queries_only(inputs.context, choice))
 
-        def _exact_forward(self, x: Tensor, inputs: LayerInputs, choice: Choice) -> Tensor:
+        def _exact_forward(
+            self, x: Tensor, inputs: LayerInputs, choice: Choice
+        ) -> tuple[Tensor, Rebuild | None]:
             """The dense half's value; its gradient as if the dropped tokens had been constants, with the
             softmax's normaliser that of all tokens."""
             seen: list[tuple[Tensor, Tensor]] = []
             with torch.no_grad():
                 whole = self.elimination.recorded(inputs.context, seen)
-                value = self._attention(x, whole)
+                value, _ = self._attention(x, whole)
             ((out, lse),) = seen
             given = (out.index_select(1, choice.local_rows), lse.index_select(2, choice.local_rows))
             inner = self.elimination.excerpt(inputs, choice, given)
-            passed, rows = self._open(x, choice)
-            return self._close(passed, self._attention(rows, inner), choice, value)
-
-        def _attention(self, x: Tensor, context: AttentionContext) -> Tensor:
-            """x + attention(norm(x))."""
-            if hasattr(self, "lean_attention"):
-                return self.lean_attention(x, context)[0]
-            return self._forward_attention(x, packed_seq_params=context)[0]
-
-        def _mlp(self, x: Tensor) -> Tensor:
-            """x + mlp(norm(x))."""
-            return self.mlp_half(x) if hasattr(self, "mlp_half") else self._forward_mlp(x)
-
-        def _open(self, x: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
             passed, rows = open_rows(x, choice.rows)
-            return passed, torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, choice.padding))
+            within = None
+            if self._rebuilds:
+                # What both halves need: before attention for kept tokens, after it for the others.
+                within = (value.index_copy(0, choice.rows, rows.detach()), choice.cut)
+            rows, rebuild = self._attention(choice.cut.pad(rows), inner, within)
+            return close_rows(passed, choice.rows, choice.cut.trim(rows), value), rebuild
 
-        def _close(self, passed: Tensor, rows: Tensor, choice: Choice, value: Tensor | None = None) -> Tensor:
-            return close_rows(passed, choice.rows, rows[: len(choice.rows)], value)
+        @property
+        def _lean(self) -> bool:
+            return hasattr(self, "attention_half")
+
+        @property
+        def _rebuilds(self) -> bool:
+            return self._lean and self.rebuilds_residual
+
+        def _attention(
+            self, x: Tensor, context: AttentionContext, within: tuple[Tensor, Cut] | None = None
+        ) -> tuple[Tensor, Rebuild | None]:
+            """x + attention(norm(x)), and how to compute it again where the MLP half must not save it."""
+            if self._lean:
+                return self.attention_half(x, context, within)
+            return self._forward_attention(x, packed_seq_params=context)[0], None
+
+        def _mlp(self, x: Tensor, rebuild: Rebuild | None) -> Tensor:
+            """x + mlp(norm(x))."""
+            return self.mlp_half(x, rebuild) if self._lean else self._forward_mlp(x)
 
         def _inputs(self, x: Tensor, context: AttentionContext) -> LayerInputs:
             elimination = self.elimination

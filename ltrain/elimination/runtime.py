@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ltrain.attention.context import AttentionContext, Excerpt
+from ltrain.attention.half import Cut
 from ltrain.config.elimination import BlockElimination
 from ltrain.elimination.inputs import LayerInputs
 from ltrain.elimination.scorers import Scorer
@@ -22,17 +23,20 @@ from ltrain_kernels.block_sparse import BlockIndex
 class Choice:
     """What a sparse layer works on: the kept blocks, int64 [K], of `sequence`, and where their tokens lie.
 
-    `rows` int64 are rows of this rank's residual, `local_rows` those of its context-parallel shard, which
-    sequence parallelism cuts in parts; both ascending. `padding` rows are added so that all tensor-parallel
-    ranks have the same number; `real_rows` are then the others among the ranks' rows together.
+    `cut` names rows of this rank's residual, `local_rows` int64 those of its context-parallel shard, which
+    sequence parallelism cuts in parts; both ascending. The cut is padded so that all tensor-parallel ranks
+    have the same number; `real_rows` are then the others among the ranks' rows together.
     """
 
     sequence: BlockedSequence
     blocks: np.ndarray
-    rows: Tensor
+    cut: Cut
     local_rows: Tensor
-    padding: int
     real_rows: Tensor | None
+
+    @property
+    def rows(self) -> Tensor:
+        return self.cut.ids
 
 
 class Elimination:
@@ -111,8 +115,8 @@ class Elimination:
             padding = most - len(rows)
             place = np.concatenate([np.arange(n) + i * most for i, n in enumerate(counts)])
             real = torch.from_numpy(place).to(device)
-        as_tensor = torch.from_numpy(rows).to(device), torch.from_numpy(local).to(device)
-        return Choice(sequence, blocks, *as_tensor, padding, real)
+        ids, local_rows = (torch.from_numpy(x).to(device) for x in (rows, local))
+        return Choice(sequence, blocks, Cut(ids, padding), local_rows, real)
 
     def excerpt(
         self, inputs: LayerInputs, choice: Choice, given: tuple[Tensor, Tensor] | None = None
@@ -127,7 +131,7 @@ class Elimination:
         sequence, blocks, local = choice.sequence, choice.blocks, choice.local_rows
         ids = torch.from_numpy(sequence.token_ids(blocks))
         docs = context.doc_ids
-        tables = context.rope_tables
+        tables = inputs.attention.core_attention.rotary_tables(context, inputs.x.device)
         whole = self._fine(context, sequence)
         pairs = sequence.visible_pairs(blocks, blocks) / max(sequence.documents.total_pairs, 1)
         return replace(
@@ -135,8 +139,10 @@ class Elimination:
             layout=sequence.kept_layout(blocks),
             rope_positions=context.rope_positions.index_select(0, local),
             doc_ids=None if docs is None else docs.index_select(-1, ids.to(docs.device)),
-            rope_tables=None if tables is None else tuple(x.index_select(0, local) for x in tables),
-            excerpt=Excerpt(whole, blocks, ids.to(local.device, torch.int32), pairs, self._search(inputs)),
+            rope_tables=None,
+            excerpt=Excerpt(
+                whole, blocks, ids.to(local.device, torch.int32), local, tables, pairs, self._search(inputs)
+            ),
             real_rows=choice.real_rows,
             given=given,
             _cache={},

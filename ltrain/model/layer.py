@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from ltrain.attention.context import AttentionContext
-from ltrain.attention.half import AttentionHalf, Rebuild
+from ltrain.attention.half import AttentionHalf, Cut, Rebuild
 from ltrain.config.memory import MemoryLevel
 from ltrain.model.memory import tile_tokens
 from ltrain.model.mlp import MlpHalf
@@ -31,7 +31,7 @@ class LeanTransformerLayer(TransformerLayer):
     """mcore's layer, modules and parameter names unchanged, computed in two halves that save little.
 
     `attention_half(x, context)` gives the residual after attention and how to rebuild it; `mlp_half(x,
-    rebuild)` the layer's output. Token elimination calls `lean_attention` on the kept tokens and `mlp_half`.
+    rebuild)` the layer's output. Token elimination calls the first on the kept tokens, `within` the residual.
 
     Needs `CoreAttention`, RMSNorm or any other norm module, SwiGLU and no dropout.
     """
@@ -53,9 +53,12 @@ class LeanTransformerLayer(TransformerLayer):
             tile_tokens=tile_tokens(config.hidden_size),
         )
 
-    def attention_half(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Rebuild | None]:
-        """x + attention(norm(x)), and how to compute it again where the MLP half must not save it."""
-        y, rebuild = self.lean_attention(x, context)
+    def attention_half(
+        self, x: Tensor, context: AttentionContext, within: tuple[Tensor, Cut] | None = None
+    ) -> tuple[Tensor, Rebuild | None]:
+        """x + attention(norm(x)), and how to compute it again where the MLP half must not save it; `within`
+        as in `AttentionHalf`, for what is computed again."""
+        y, rebuild = self.lean_attention(x, context, within if self.rebuilds_residual else None)
         return y, rebuild if self.rebuilds_residual else None
 
     def mlp_half(self, x: Tensor, rebuild: Rebuild | None = None) -> Tensor:

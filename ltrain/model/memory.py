@@ -1,7 +1,7 @@
 """Memory of a run in closed form: parameters, gradients, optimizer state, activations, loss.
 
 Letters of the formulas, all of one layer: E hidden size, Q and K rows of the query and of the key projection,
-F MLP width, N query heads, b bytes of an element.
+F MLP width.
 """
 
 from __future__ import annotations
@@ -11,134 +11,13 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from ltrain.attention.patterns import Pattern
-from ltrain.attention.patterns.base import Widths
 from ltrain.config.memory import MemoryLevel
 from ltrain.config.model import LoraAdapter
+from ltrain.model.layer_bytes import LayerBytes, saved_bytes
 from ltrain.model.spec import ModelSpec
 
 GIB = 1 << 30
 LEVELS: tuple[MemoryLevel, ...] = get_args(MemoryLevel)
-
-
-@dataclass(frozen=True)
-class LayerBytes:
-    """Bytes that one layer saves for its backward pass, a token.
-
-    `residual` is split over tensor-parallel ranks with sequence parallelism only, `parallel` always; `host`
-    lies in host memory. `fixed`, split too, does not grow with the tokens.
-    """
-
-    residual: float
-    parallel: float
-    host: float = 0.0
-    fixed: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """Of the device, unsharded."""
-        return self.residual + self.parallel
-
-    def on_rank(self, tensor: int, sequence_parallel: bool) -> float:
-        return self.residual / (tensor if sequence_parallel else 1) + self.parallel / tensor
-
-
-def saved_bytes(
-    spec: ModelSpec,
-    level: MemoryLevel,
-    element: int,
-    *,
-    kept: float = 1.0,
-    mode: str = "qkv",
-    adapter: LoraAdapter | None = None,
-    fused_norm: bool = True,
-    pattern: Pattern | None = None,
-    block: int = 128,
-    context: int = 1,
-) -> LayerBytes:
-    """Bytes saved by a layer at `level`, from tensors of `element` bytes.
-
-    At the levels of our own layer, the same for full fine-tuning and adapters, with or without biases and
-    qk-norm:
-
-        norms    b (2 E + 2 Q + 2 K + 2 F) + 4 N
-        mlp      b (2 E + 2 Q + 2 K) + 4 N
-        full     b (E + Q) + 4 N
-        offload  as full, b E of it in host memory
-
-    Where token elimination keeps the share `kept` < 1 of the tokens, attention's input, qkv, output and LSE
-    are those of kept tokens (`mode` qkv and backward), the MLP's too (layer), or none is spared (q); the
-    MLP's input is saved at every level, and 8 bytes a kept token for the row numbers.
-
-    `none` follows mcore's operations; there `adapter` says which linears save no input, and `fused_norm`
-    whether the norm is one operation (on a GPU) or several, which save more (on a CPU); `kept` doesn't count.
-    Rotary tables, shared by all layers, and a dynamic pattern's index are not counted.
-
-    A layer of a learned `pattern`, in blocks of `block` tokens on `context` ranks, saves besides:
-
-        nsa        b (2 Q + 3 N) + 8 N, and from other ranks 2 b K context / compress
-        seer_gate  6 b K gate_dim, whatever the tokens
-
-    and at `none` what `Pattern.saved_bytes` says.
-    """
-    if level == "none":
-        layer = _stock_bytes(spec, element, adapter, fused_norm)
-    else:
-        layer = _lean_bytes(spec, level, element, kept, mode)
-    if pattern is None:
-        return layer
-    widths = Widths(spec.num_heads, spec.num_kv_heads, spec.head_dim, element, block, context)
-    token, fixed = pattern.saved_bytes(widths, lean=level != "none")
-    return replace(layer, parallel=layer.parallel + token, fixed=fixed)
-
-
-def _lean_bytes(spec: ModelSpec, level: MemoryLevel, element: int, kept: float, mode: str) -> LayerBytes:
-    e, q, k, f = (element * n for n in (spec.hidden_size, spec.q_size, spec.kv_size, spec.ffn_hidden_size))
-    attended = 1.0 if mode == "q" else kept
-    through_mlp = kept if mode == "layer" else 1.0
-    lean = level in ("norms", "mlp")
-    parallel = attended * ((2 * q + 2 * k if lean else q) + 4 * spec.num_heads)
-    if level == "norms":
-        parallel += through_mlp * 2 * f
-    residual, host = (0.0, attended * e) if level == "offload" else (attended * e, 0.0)
-    if lean or kept < 1:
-        residual += through_mlp * e
-    if kept < 1 and mode != "q":
-        residual += 8 * kept
-    return LayerBytes(residual, parallel, host)
-
-
-def _stock_bytes(spec: ModelSpec, element: int, adapter: LoraAdapter | None, fused_norm: bool) -> LayerBytes:
-    """What mcore's layer saves around our attention.
-
-    Both norms' inputs (2 E) and outputs (2 E), the fused projection (Q + 2 K) and the rotated q and k
-    (Q + K), attention's output (Q), gate and up (2 F), silu(gate), up and their product (3 F), statistics.
-    Frozen linears save no input.
-    """
-    e, q, k, f = spec.hidden_size, spec.q_size, spec.kv_size, spec.ffn_hidden_size
-    targets = () if adapter is None else adapter.targets
-    needs_input = {name: adapter is None or name in targets for name in ("qkv", "gate_up", "down")}
-    trained_norms = adapter is None or any("norm" in pattern for pattern in adapter.also_train)
-    residual = element * e * (needs_input["qkv"] + needs_input["gate_up"])
-    residual += 2 * _norm_bytes(e, 1, element, fused_norm, trained_norms)
-    parallel = element * (3 * q + 3 * k + (4 + needs_input["down"]) * f) + 4 * spec.num_heads
-    if spec.qk_norm:
-        # The key's norm reads the fused projection; the query's reads a copy, saved unless it is upcast.
-        heads = spec.num_heads + spec.num_kv_heads
-        norms = _norm_bytes(q + k, heads, element, fused_norm, trained_norms)
-        parallel += norms - (element * k if fused_norm or element == 4 else 0)
-    if adapter is not None:
-        residual += element * adapter.rank * len(targets)
-    return LayerBytes(residual, parallel)
-
-
-def _norm_bytes(width: int, groups: int, element: int, fused: bool, trained: bool) -> float:
-    """Saved by RMSNorm over `width` values a token in `groups` groups: its input and, in fp32, 1 / rms.
-
-    As several operations it saves the input in fp32 and, for the weight, the normalised input in fp32 too.
-    """
-    if fused:
-        return element * width + 4 * groups
-    return 4 * width * (2 if trained else 1) + 4 * groups
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from ltrain.config.schema import RunConfig
 from ltrain.elimination.budget import LEVELS, allocate
 from ltrain.elimination.ratios import write_ratios
 from ltrain.model.flops import step_flops
+from ltrain.model.memory import bytes_per_token_layer
 from ltrain.model.spec import ModelSpec
+from ltrain.train.plan import memory_setting
 
 log = logging.getLogger("ltrain")
 
@@ -88,20 +91,18 @@ def calibrate(
 def cost_of(spec: ModelSpec, config: RunConfig, mode: str, name: str) -> Callable[[Sequence[float]], float]:
     """Cost of a token's training by layer ratios: saved bytes at the run's memory level, or FLOPs."""
     length = config.train.seq_len
-    element = 2 if config.train.dtype == "bf16" else 4
+    setting = replace(memory_setting(config, spec, data_size=1), mode=mode)
 
     def nbytes(ratios: Sequence[float]) -> float:
-        # The residual before either half, q, k, v, out and LSE, and gate and up where they are saved.
-        attention = element * (spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size) + 4 * spec.num_heads
-        mlp = element * spec.hidden_size
-        if config.memory.level == "norms":
-            mlp += 2 * element * spec.ffn_hidden_size
-        return sum(r * attention + (r if mode == "layer" else 1.0) * mlp for r in ratios)
+        return bytes_per_token_layer(spec, replace(setting, kept=ratios))
 
     def flops(ratios: Sequence[float]) -> float:
         power = 1 if mode == "q" else 2
         densities = [ratio**power for ratio in ratios]
-        return step_flops(spec, [length], densities=densities, kept=ratios, mode=mode).executed
+        flops = step_flops(
+            spec, [length], densities=densities, kept=ratios, mode=mode, memory_level=config.memory.level
+        )
+        return flops.executed
 
     return nbytes if name == "bytes" else flops
 
@@ -124,7 +125,4 @@ def _checked(
     if section.mode == "q" and name == "bytes":
         rule = "can't be met by mode q, which saves as many bytes as dense"
         raise ConfigError(option, target, rule, "give --target-flops")
-    if name == "bytes" and config.memory.level not in ("norms", "mlp"):
-        rule = "needs a level at which sparse layers save less by a known formula"
-        raise ConfigError("memory.level", config.memory.level, rule, "set memory.level to norms or mlp")
     return section, target, name

@@ -13,6 +13,9 @@ CASES = {
     "q": {"mode": "q"},
     "layer": {"mode": "layer", "scorer": {"kind": "random"}},
     "backward": {"mode": "backward", "scorer": {"kind": "recency"}},
+    # At memory.level full.
+    "full": {"scorer": {"kind": "random"}},
+    "full backward": {"mode": "backward", "scorer": {"kind": "random"}},
 }
 # Rows of one document with room for strata, of many, and one whose length is not a multiple of the block.
 ROWS = {"whole": (False, 416), "packed": (True, 412)}
@@ -39,8 +42,9 @@ def _steps(rank, world_size, folder, layouts, rows, cases):
             for case in cases:
                 tree = tiny_tree(
                     Path(folder),
-                    run__name=f"{case}-{name}-{layout}".replace(" ", "").replace(",", "-"),
+                    run__name=f"{case}-{name}-{layout}".replace(" ", "-").replace(",", ""),
                     elimination=BLOCKS | CASES[case],
+                    memory__level="full" if case.startswith("full") else "none",
                     data__document_mask=mask,
                     train__seq_len=seq_len,
                     train__tokens_per_step=2 * seq_len,
@@ -79,7 +83,7 @@ def test_every_layout_trains_as_one_rank(tmp_path):
     two_rows = ["whole", "packed"]
     runs = [
         (2, ["context 2"], two_rows, list(CASES)),
-        (2, ["tensor 2", "pipeline 2"], two_rows, ["qkv", "layer"]),
+        (2, ["tensor 2", "pipeline 2"], two_rows, ["qkv", "layer", "full", "full backward"]),
         (4, ["context 4", "context 2, tensor 2"], two_rows, ["qkv"]),
     ]
     for world, layouts, rows, cases in runs:

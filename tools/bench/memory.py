@@ -1,11 +1,12 @@
 """Memory levels: bytes saved by one layer, time of a step against `none`, peak memory of a process.
 
     python tools/bench/memory.py bytes                      # Llama-2-7B's and Llama-3-8B's layer, bf16
+    python tools/bench/memory.py elimination                # Llama-2-7B's layer with token elimination, bf16
     python tools/bench/memory.py time --tokens 4096         # medians of interleaved steps, two threads
     python tools/bench/memory.py peak --tokens 16384        # one process a level, resident memory
 
-`bytes` builds one real layer of the shape and runs few tokens through it: what is saved a token doesn't
-depend on their number. Prints a Markdown table; `--json FILE` keeps the figures.
+`bytes` and `elimination` build one real layer of the shape and run few tokens through it: what is saved a
+token doesn't depend on their number. Prints a Markdown table; `--json FILE` keeps the figures.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from ltrain.attention import patterns
 from ltrain.attention.context import AttentionContext
 from ltrain.attention.module import AttentionSettings, CoreAttention
 from ltrain.attention.rope import Rope
+from ltrain.config.elimination import BlockElimination, RandomScorer
 from ltrain.config.model import LoraAdapter
+from ltrain.elimination.runtime import Elimination
+from ltrain.elimination.scorers import Random
 from ltrain.metrics.saved import SavedBytes
 from ltrain.model.build import build_model
 from ltrain.model.language_model import LanguageModel
+from ltrain.model.layer_bytes import saved_bytes
 from ltrain.model.memory import LEVELS as ALL_LEVELS
-from ltrain.model.memory import saved_bytes
 from ltrain.model.spec import ModelSpec
 from ltrain.parallel.layout import SequenceLayout
 from ltrain.parallel.mesh import Mesh, init_mesh, init_process_group
@@ -59,7 +63,11 @@ def make_spec(
 
 
 def make_model(
-    spec: ModelSpec, level: str, dtype: torch.dtype, lora: LoraAdapter | None = None
+    spec: ModelSpec,
+    level: str,
+    dtype: torch.dtype,
+    lora: LoraAdapter | None = None,
+    elimination: Elimination | None = None,
 ) -> LanguageModel:
     """A model with random weights; with `lora` only the adapters are trained."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -72,6 +80,7 @@ def make_model(
     model = build_model(
         spec, core_attention=partial(CoreAttention, settings=settings), model_class=LanguageModel,
         real_vocab_size=spec.vocab_size, memory_level=level, dtype=dtype, lora=lora,
+        elimination=elimination,
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.no_grad():
@@ -81,10 +90,10 @@ def make_model(
     return model.to(device())
 
 
-def make_context(mesh: Mesh, tokens: int) -> AttentionContext:
+def make_context(mesh: Mesh, tokens: int, block: int = 128) -> AttentionContext:
     return AttentionContext(
         qkv_format="sbhd",
-        layout=SequenceLayout("striped", tokens, 1, 128),
+        layout=SequenceLayout("striped", tokens, 1, block),
         group=mesh.context.group,
         rope_positions=torch.arange(tokens, dtype=torch.int32, device=device()),
     )
@@ -112,6 +121,34 @@ def bench_bytes(args: argparse.Namespace, mesh: Mesh) -> list[dict[str, Any]]:
                 found.append(row)
                 print(row, file=sys.stderr, flush=True)
                 del layer, x, y, saved
+    return found
+
+
+def bench_elimination(args: argparse.Namespace, mesh: Mesh) -> list[dict[str, Any]]:
+    """Bytes saved a token over the hidden size, by hooks, beside the formula's, where 0.7 of the blocks are
+    kept."""
+    spec, kept, block = make_spec(**SHAPES["Llama-2-7B"]), 0.7, args.tokens // 10
+    found = []
+    for level in LEVELS:
+        row: dict[str, Any] = {"level": level}
+        for mode in (None, "qkv", "backward", "layer", "q"):
+            chosen = None
+            if mode is not None:
+                config = BlockElimination(ratio=kept, mode=mode, strata=2, block=block, scorer=RandomScorer())
+                chosen = Elimination(config, (kept,), Random(), block=block, steps=1, seed=0)
+            layer = make_model(spec, level, torch.bfloat16, elimination=chosen).decoder.layers[0].train()
+            context = make_context(mesh, 10 * block, block)
+            context.rope_tables = spec.rope.tables(context.rope_positions)
+            x = torch.randn(10 * block, 1, spec.hidden_size, dtype=torch.bfloat16, device=device())
+            with SavedBytes([*layer.parameters(), *context.rope_tables]) as saved:
+                y, _ = layer(x.requires_grad_(), packed_seq_params=context)
+            share = context.eliminated[0][0] if mode else 1.0
+            said = saved_bytes(spec, level, 2, kept=share, mode=mode or "qkv", fused_norm=not on_cpu())
+            hooks, formula = saved.total / len(x) / spec.hidden_size, said.total / spec.hidden_size
+            row[mode or "dense"] = f"{hooks:.1f} ({formula:.1f})"
+            del layer, x, y, saved
+        found.append(row)
+        print(row, file=sys.stderr, flush=True)
     return found
 
 
@@ -200,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("bytes", "time", "peak"))
+    parser.add_argument("part", choices=("bytes", "elimination", "time", "peak"))
     parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=2)
@@ -208,7 +245,7 @@ def main() -> None:
     parser.add_argument("--level", choices=LEVELS, help="of one process of `peak`; all of them without")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    args.tokens = args.tokens or {"bytes": 64, "time": 4096, "peak": 16384}[args.part]
+    args.tokens = args.tokens or {"bytes": 64, "elimination": 160, "time": 4096, "peak": 16384}[args.part]
     if args.part == "peak" and args.level is None:
         rows = bench_peak(args)
     else:
@@ -217,7 +254,8 @@ def main() -> None:
         if args.part == "peak":
             one_peak(args, mesh)
             return
-        rows = (bench_bytes if args.part == "bytes" else bench_time)(args, mesh)
+        bench = {"bytes": bench_bytes, "elimination": bench_elimination, "time": bench_time}[args.part]
+        rows = bench(args, mesh)
     print(table(rows))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

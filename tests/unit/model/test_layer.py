@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.lean import GATE, NSA, TARGETS, batch, build_lean, loss_and_gradients, run
+from support.lean import GATE, NSA, TARGETS, LateCopies, batch, build_lean, loss_and_gradients, run
 from support.models import save_tiny
 
 from ltrain.attention import patterns
@@ -56,37 +56,12 @@ def test_gradients_are_those_of_the_stock_layer(case, mesh, tmp_path):
             assert error <= 1e-10, f"{level}: {name} differs by {error:.1e}"
 
 
-class _LateCopies:
-    """Copies that happen as late as they may: a wait that is missing, or a buffer used too early, shows."""
-
-    def __init__(self):
-        self.queue, self.fetched, self.buffers = [], 0, 0
-
-    def buffer(self, like):
-        self.buffers += 1
-        return torch.full_like(like, torch.nan)
-
-    def out(self, host, x):
-        self.queue.append((host, x.clone()))
-
-    def back(self, host):
-        self.fetched += 1
-        x = torch.full_like(host, torch.nan)
-        self.queue.append((x, host))
-        return x, len(self.queue)
-
-    def wait(self, x, ticket):
-        for target, source in self.queue:
-            target.copy_(source)
-        self.queue.clear()
-
-
 @pytest.mark.parametrize("pattern", [None, patterns.nsa(**NSA), patterns.seer_gate(**GATE)])
 def test_offloaded_residuals_come_back_one_layer_ahead(pattern, mesh, tmp_path):
     spec = _spec(tmp_path, "llama")
     wanted = loss_and_gradients(build_lean(tmp_path, spec, mesh, "full", pattern=pattern), *batch(mesh))
     model = build_lean(tmp_path, spec, mesh, "full", pattern=pattern)
-    engine = _LateCopies()
+    engine = LateCopies()
     store = HostStore(engine)
     ahead = []
     for layer in model.decoder.layers:

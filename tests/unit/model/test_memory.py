@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.elimination import make_context, make_elimination, make_model
-from support.lean import BLOCK, GATE, NSA, TARGETS, batch, build_lean, run
+from support.elimination import make_elimination
+from support.lean import BLOCK, GATE, NSA, TARGETS, LateCopies, batch, build_lean, run
 from support.live import LiveBytes
 from support.models import save_tiny
 
@@ -13,16 +13,17 @@ from ltrain.attention import patterns
 from ltrain.config.model import LoraAdapter
 from ltrain.metrics.saved import SavedBytes
 from ltrain.model.families import read_spec
+from ltrain.model.layer_bytes import saved_bytes
 from ltrain.model.memory import (
     LEVELS,
     Setting,
     bytes_per_token_layer,
     estimate_memory,
     longest_context,
-    saved_bytes,
     workspace_bytes,
 )
 from ltrain.parallel.mesh import init_mesh, init_process_group
+from ltrain.parallel.offload import HostStore
 
 TOKENS = 160
 HERE = LEVELS[:-1]  # the last one, offload, needs a GPU
@@ -81,26 +82,41 @@ def test_an_estimate_counts_the_layers_that_learn(tmp_path):
     assert grown == 2 * 6 * k * 4 / 2 * 2, "both micro-batches of the first stage keep half of the heads"
 
 
+SPARSE = [("llama", None), ("qwen3", None), ("qwen3", ("qkv", "o")), ("llama", TARGETS)]
+
+
+@pytest.mark.parametrize("variant,adapter", SPARSE)
 @pytest.mark.parametrize("mode", ["qkv", "q", "layer", "backward"])
-def test_the_formula_is_what_a_layer_with_elimination_saves(mode, mesh, tmp_path):
-    scores = torch.arange(9.0).flip(0)
-    for level in ("norms", "mlp", "full"):
-        elimination = make_elimination(scores, mode=mode, ratio=0.4)
-        model = make_model(tmp_path / "llama", mesh, elimination, memory_level=level)
-        layer, context = model.decoder.layers[1].train(), make_context(72)
-        spec = read_spec(tmp_path / "llama")
-        context.rope_tables = spec.rope.tables(context.rope_positions)
-        x = torch.randn(72, 1, spec.hidden_size, dtype=torch.float64, requires_grad=True)
-        choice = elimination.choose(1, layer._inputs(x.detach(), context))
-        with SavedBytes([*layer.parameters()]) as saved:
-            y, _ = layer(x, packed_seq_params=context)
-        kept = len(choice.rows)
-        said = saved_bytes(spec, level, 8, kept=kept / 72, mode=mode).total * 72
-        # Statistics are fp64 here.
-        said += 4 * spec.num_heads * (72 if mode == "q" else kept)
-        assert kept < 72 and abs(saved.total - said) < 1, (level, mode)
-        del y
-        assert saved.total == 0, "what no graph holds any more doesn't count"
+def test_the_formula_is_what_a_layer_with_elimination_saves(mode, variant, adapter, mesh, tmp_path):
+    spec = read_spec(save_tiny(tmp_path / variant, variant))
+    lora = LoraAdapter(rank=3, targets=adapter) if adapter else None
+    for level in LEVELS:
+        for dtype in (torch.float32, torch.bfloat16):
+            elimination = make_elimination(torch.arange(10.0), block=BLOCK, mode=mode, ratio=0.4)
+            # On a CPU the level offload is full with another place for the residual.
+            built = "full" if level == "offload" else level
+            model = build_lean(
+                tmp_path / variant, spec, mesh, built, adapter=adapter, dtype=dtype, elimination=elimination
+            )
+            layer = model.decoder.layers[1].train()
+            copies = LateCopies()
+            if level == "offload":
+                layer.lean_attention.store = HostStore(copies)
+            _, _, context = batch(mesh, num_tokens=TOKENS, documents=None)
+            context.rope_tables = spec.rope.tables(context.rope_positions)
+            x = torch.randn(TOKENS, 1, spec.hidden_size, dtype=dtype, requires_grad=True)
+            with SavedBytes([*model.parameters(), *context.rope_tables]) as saved:
+                y, _ = layer(x, packed_seq_params=context)
+            said = saved_bytes(
+                spec, level, dtype.itemsize, kept=0.4, mode=mode, adapter=lora, fused_norm=False
+            )
+            assert context.eliminated[1][0] == 0.4
+            for found, wanted in ((saved.total, said.total), (copies.nbytes, said.host)):
+                assert found == pytest.approx(wanted * TOKENS), (level, dtype)
+            y.sum().backward()
+            assert x.grad is not None
+            del y
+            assert saved.total == 0, "what no graph holds any more doesn't count"
 
 
 def _peak(folder, spec, mesh, level):
