@@ -23,8 +23,7 @@ class Excerpt:
     `token_ids` int32 [T] are its tokens' places in the whole sequence: masks by distance go by them. `rows`
     int64 [T_local] are its tokens' rows in this rank's shard of `whole`, whose rotary `tables` the layers
     share. `pair_share` is its part of the whole sequence's visible (query, key) pairs. `index` is what a
-    pattern that goes by distances has found online in the whole sequence (None: nothing has been searched
-    there).
+    pattern has found online in the whole sequence (None: the excerpt itself is to be searched).
     """
 
     whole: AttentionContext
@@ -50,13 +49,12 @@ class AttentionContext(PackedSeqParams):
     target (None: not known). The rest serves layers that drop tokens. `excerpt` says what longer sequence
     this one was taken from. `query_blocks` are the only blocks of the sequence whose queries attend (None:
     all). `real_rows` int64 [T_local] are those rows of the tensors at hand that hold tokens, where others
-    were put in to give all tensor-parallel ranks the same number. `record` collects (out, lse) of attention;
-    `given` is an (out, lse) to take instead of computing it. `eliminated` holds each sparse layer's kept
-    share of tokens and captured share of the score mass.
+    were put in to give all tensor-parallel ranks the same number. `record` collects (out, lse, index) of
+    attention; `given` is an (out, lse) to take instead of computing it. `eliminated` holds each sparse
+    layer's kept share of tokens and captured share of the score mass.
 
-    `traffic` counts the attention of the
-    micro-batch where it is set. `step` and `num_targets` (of this rank) are for losses of the pattern's own,
-    which `pattern_losses` notes by layer.
+    `traffic` counts the attention of the micro-batch where it is set. `step` and `num_targets` (of this rank)
+    are for losses of the pattern's own, which `pattern_losses` notes by layer.
     """
 
     layout: SequenceLayout | None = None
@@ -77,7 +75,7 @@ class AttentionContext(PackedSeqParams):
     excerpt: Excerpt | None = None
     query_blocks: np.ndarray | None = None
     real_rows: Tensor | None = None
-    record: list[tuple[Tensor, Tensor]] | None = None
+    record: list[tuple[Tensor, Tensor, BlockIndex]] | None = None
     given: tuple[Tensor, Tensor] | None = None
     eliminated: dict[int, tuple[float, Tensor]] = field(default_factory=dict)
     _cache: dict[Any, Any] = field(default_factory=dict)

@@ -253,7 +253,7 @@ class CoreAttention(nn.Module):
             **shared,
         )
         if context.record is not None:
-            context.record.append((out.detach(), lse.detach()))
+            context.record.append((out.detach(), lse.detach(), decisions.index))
         return Attended((out,), (out, lse), decisions)
 
     def _heads(self, k: Tensor, context: AttentionContext) -> dict[str, Any]:
@@ -280,11 +280,15 @@ class CoreAttention(nn.Module):
         return index
 
     @property
-    def searches_whole(self) -> bool:
-        """Whether this layer's pattern is found online and goes by distances in the whole sequence."""
+    def searches(self) -> bool:
+        """Whether this layer's blocks are found online, from queries and keys."""
         pattern = self.settings.pattern
-        dense = pattern.is_dense_layer(self.layer, len(self.settings.windows))
-        return pattern.by_distance and not dense
+        return not pattern.static and not pattern.is_dense_layer(self.layer, len(self.settings.windows))
+
+    @property
+    def searches_whole(self) -> bool:
+        """Whether they are so, and go by distances in the whole sequence."""
+        return self.searches and self.settings.pattern.by_distance
 
     def _select(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[BlockIndex, Tiles | None]:
         """The blocks to attend over the whole sequence, and single keys beside them where the pattern chooses

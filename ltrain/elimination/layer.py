@@ -16,6 +16,7 @@ from ltrain.attention.context import AttentionContext
 from ltrain.attention.half import Cut, Rebuild
 from ltrain.elimination.inputs import LayerInputs
 from ltrain.elimination.runtime import Choice, Elimination
+from ltrain_kernels.block_sparse import BlockIndex
 from ltrain_kernels.rows import add_rows, close_rows, norm_rows, open_rows
 
 
@@ -72,13 +73,15 @@ def eliminating(base: type) -> type:
         ) -> tuple[Tensor, Rebuild | None]:
             """The dense half's value; its gradient as if the dropped tokens had been constants, with the
             softmax's normaliser that of all tokens."""
-            seen: list[tuple[Tensor, Tensor]] = []
+            seen: list[tuple[Tensor, Tensor, BlockIndex]] = []
             with torch.no_grad():
                 whole = self.elimination.recorded(inputs.context, seen)
                 value, _ = self._attention(x, whole)
-            ((out, lse),) = seen
+            ((out, lse, index),) = seen
             given = (out.index_select(1, choice.local_rows), lse.index_select(2, choice.local_rows))
-            inner = self.elimination.excerpt(inputs, choice, given)
+            # Pairs that the forward pass didn't attend have no part in the normaliser.
+            found = index if self.self_attention.core_attention.searches else None
+            inner = self.elimination.excerpt(inputs, choice, given, found)
             passed, rows = open_rows(x, choice.rows)
             within = None
             if self._rebuilds:

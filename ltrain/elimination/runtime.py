@@ -119,12 +119,17 @@ class Elimination:
         return Choice(sequence, blocks, Cut(ids, padding), local_rows, real)
 
     def excerpt(
-        self, inputs: LayerInputs, choice: Choice, given: tuple[Tensor, Tensor] | None = None
+        self,
+        inputs: LayerInputs,
+        choice: Choice,
+        given: tuple[Tensor, Tensor] | None = None,
+        index: BlockIndex | None = None,
     ) -> AttentionContext:
         """The sequence of the kept tokens: their layout, and their places and documents in the whole one.
 
-        A pattern that is found online and goes by distances is searched in the whole sequence, which costs
-        the dropped tokens' queries and keys, without gradient.
+        `given` is the kept tokens' (out, lse) where they have attended already, `index` what a pattern found
+        online for it in the whole sequence. Without that, a pattern that goes by distances is searched in the
+        whole sequence, which costs the dropped tokens' queries and keys, without gradient.
         """
         context = inputs.context
         assert context.rope_positions is not None
@@ -133,6 +138,7 @@ class Elimination:
         docs = context.doc_ids
         tables = inputs.attention.core_attention.rotary_tables(context, inputs.x.device)
         whole = self._fine(context, sequence)
+        found = self._search(inputs) if index is None else index
         pairs = sequence.visible_pairs(blocks, blocks) / max(sequence.documents.total_pairs, 1)
         return replace(
             context,
@@ -140,9 +146,7 @@ class Elimination:
             rope_positions=context.rope_positions.index_select(0, local),
             doc_ids=None if docs is None else docs.index_select(-1, ids.to(docs.device)),
             rope_tables=None,
-            excerpt=Excerpt(
-                whole, blocks, ids.to(local.device, torch.int32), local, tables, pairs, self._search(inputs)
-            ),
+            excerpt=Excerpt(whole, blocks, ids.to(local.device, torch.int32), local, tables, pairs, found),
             real_rows=choice.real_rows,
             given=given,
             _cache={},
@@ -166,6 +170,8 @@ class Elimination:
         """The whole sequence, of which only the kept blocks ask."""
         return replace(self._fine(context, choice.sequence), query_blocks=choice.blocks)
 
-    def recorded(self, context: AttentionContext, into: list[tuple[Tensor, Tensor]]) -> AttentionContext:
-        """The whole sequence, whose attention also goes to `into`."""
+    def recorded(
+        self, context: AttentionContext, into: list[tuple[Tensor, Tensor, BlockIndex]]
+    ) -> AttentionContext:
+        """The whole sequence, whose attention and index also go to `into`."""
         return replace(context, record=into)

@@ -24,6 +24,23 @@ from support.models import save_tiny
 
 BLOCK = 8
 
+# Patterns that are found online, and sequences of documents for them.
+FOUND = {
+    "vertical_slash": patterns.vertical_slash(
+        observed=8, window=8, sinks=1, max_verticals=2, max_slashes=1, vertical_p=0.5, slash_p=0.4,
+        dense_below=0,
+    ),
+    "block_topk": patterns.block_topk(top_k=2, sink_blocks=0),
+    "block_topk by query head": patterns.block_topk(top_k=2, sink_blocks=0, heads="query"),
+    "xattention": patterns.xattention(stride=4, pool=2, threshold=0.2),
+}  # fmt: skip
+DOCUMENTS = {
+    "one": (torch.zeros(96, dtype=torch.int32), 96),
+    # Borders inside of blocks, a document within a block, a short last block.
+    "packed": (torch.repeat_interleave(torch.arange(4), torch.tensor([45, 3, 30, 15])), 93),
+    "padded": (torch.repeat_interleave(torch.tensor([0, 1, -1]), torch.tensor([51, 29, 16])), 96),
+}
+
 
 class Given:
     """A scorer that gives what it is told."""
@@ -64,15 +81,22 @@ def make_model(folder: Any, mesh: Any, elimination: Elimination | None, *, varia
     return model.double()
 
 
-def make_context(num_tokens: int, doc_ids: Tensor | None = None, block: int = BLOCK) -> AttentionContext:
+def make_context(
+    num_tokens: int, doc_ids: Tensor | None = None, block: int = BLOCK, mesh: Any = None
+) -> AttentionContext:
+    """The whole sequence, or this rank's shard of it where a mesh is given."""
     docs = torch.zeros(num_tokens, dtype=torch.int32) if doc_ids is None else doc_ids.to(torch.int32)
     starts = torch.zeros(num_tokens, dtype=torch.int64)
     new = torch.cat([torch.ones(1, dtype=torch.bool), docs[1:] != docs[:-1]])
     starts[new] = new.nonzero()[:, 0]
     positions = torch.arange(num_tokens) - starts.cummax(0).values
+    size, rank, group = (
+        (1, 0, None) if mesh is None else (mesh.context.size, mesh.context.rank, mesh.context.group)
+    )
+    layout = SequenceLayout("striped", num_tokens, size, block)
     return AttentionContext(
-        qkv_format="sbhd", layout=SequenceLayout("striped", num_tokens, 1, block), group=None, rank=0,
-        rope_positions=positions.to(torch.int32), doc_ids=docs, key=11,
+        qkv_format="sbhd", layout=layout, group=group, rank=rank,
+        rope_positions=layout.shard(positions.to(torch.int32), rank, 0), doc_ids=docs, key=11,
     )  # fmt: skip
 
 
@@ -127,3 +151,29 @@ def token_mask(blocks: Tensor, num_tokens: int, block: int = BLOCK) -> Tensor:
     kept = torch.zeros(-(-num_tokens // block), dtype=torch.bool)
     kept[blocks] = True
     return kept.repeat_interleave(block)[:num_tokens]
+
+
+def gradients(layer, out, x, upstream):
+    layer.zero_grad()
+    out.backward(upstream)
+    found = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    return found | {"x": x.grad.clone()}
+
+
+def compare(layer, context, kept, mode, num_tokens, mask=None):
+    """The layer against `definition` in fp64: output and all gradients."""
+    make = torch.Generator().manual_seed(8)
+    x0 = torch.randn(num_tokens, 1, 32, generator=make, dtype=torch.float64)
+    upstream = torch.randn(x0.shape, generator=make, dtype=torch.float64)
+    x = x0.clone().requires_grad_()
+    out, _ = layer(x, packed_seq_params=context)
+    ours = gradients(layer, out, x, upstream)
+    y = x0.clone().requires_grad_()
+    expected = definition(layer, y, context, kept, mode, mask)
+    theirs = gradients(layer, expected, y, upstream)
+    assert (out - expected).abs().max() <= 1e-9
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        error = (ours[name] - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-6)
+        assert error <= 1e-8, (name, float(error))
+    return x0, out.detach(), ours, upstream

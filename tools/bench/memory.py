@@ -127,7 +127,7 @@ def bench_bytes(args: argparse.Namespace, mesh: Mesh) -> list[dict[str, Any]]:
 def bench_elimination(args: argparse.Namespace, mesh: Mesh) -> list[dict[str, Any]]:
     """Bytes saved a token over the hidden size, by hooks, beside the formula's, where 0.7 of the blocks are
     kept."""
-    spec, kept, block = make_spec(**SHAPES["Llama-2-7B"]), 0.7, args.tokens // 10
+    spec, kept, block = make_spec(**SHAPES["Llama-2-7B"]), 0.7, args.tokens // 20
     found = []
     for level in LEVELS:
         row: dict[str, Any] = {"level": level}
@@ -137,9 +137,9 @@ def bench_elimination(args: argparse.Namespace, mesh: Mesh) -> list[dict[str, An
                 config = BlockElimination(ratio=kept, mode=mode, strata=2, block=block, scorer=RandomScorer())
                 chosen = Elimination(config, (kept,), Random(), block=block, steps=1, seed=0)
             layer = make_model(spec, level, torch.bfloat16, elimination=chosen).decoder.layers[0].train()
-            context = make_context(mesh, 10 * block, block)
+            context = make_context(mesh, 20 * block, block)
             context.rope_tables = spec.rope.tables(context.rope_positions)
-            x = torch.randn(10 * block, 1, spec.hidden_size, dtype=torch.bfloat16, device=device())
+            x = torch.randn(20 * block, 1, spec.hidden_size, dtype=torch.bfloat16, device=device())
             with SavedBytes([*layer.parameters(), *context.rope_tables]) as saved:
                 y, _ = layer(x.requires_grad_(), packed_seq_params=context)
             share = context.eliminated[0][0] if mode else 1.0

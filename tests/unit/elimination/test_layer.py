@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.elimination import (
     BLOCK,
+    compare,
     definition,
     make_context,
     make_elimination,
@@ -16,7 +17,6 @@ from support.elimination import (
 )
 
 from ltrain.attention import patterns
-from ltrain.attention.rope import apply_rope
 from ltrain.elimination import select_blocks
 from ltrain.parallel.mesh import init_mesh, init_process_group
 
@@ -40,31 +40,6 @@ def _layer(folder, mesh, elimination, variant="llama", **arguments):
     return model.decoder.layers[1].train()
 
 
-def _grads(layer, out, x, upstream):
-    layer.zero_grad()
-    out.backward(upstream)
-    found = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
-    return found | {"x": x.grad.clone()}
-
-
-def _compare(layer, context, kept, mode, num_tokens, mask=None):
-    make = torch.Generator().manual_seed(8)
-    x0 = torch.randn(num_tokens, 1, 32, generator=make, dtype=torch.float64)
-    upstream = torch.randn(x0.shape, generator=make, dtype=torch.float64)
-    x = x0.clone().requires_grad_()
-    out, _ = layer(x, packed_seq_params=context)
-    ours = _grads(layer, out, x, upstream)
-    y = x0.clone().requires_grad_()
-    expected = definition(layer, y, context, kept, mode, mask)
-    theirs = _grads(layer, expected, y, upstream)
-    assert (out - expected).abs().max() <= 1e-9
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        error = (ours[name] - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-6)
-        assert error <= 1e-8, (name, float(error))
-    return x0, out.detach(), ours, upstream
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("num_tokens", [72, 67])
 def test_equals_dense_attention_with_masks(mode, num_tokens, mesh, folder):
@@ -74,7 +49,7 @@ def test_equals_dense_attention_with_masks(mode, num_tokens, mesh, folder):
     always = torch.zeros(9, dtype=torch.bool)
     always[8] = num_tokens % BLOCK != 0
     kept = select_blocks(SCORES[None], 0.4, strata=2, always=always)[0]
-    _compare(layer, context, token_mask(kept, num_tokens), mode, num_tokens)
+    compare(layer, context, token_mask(kept, num_tokens), mode, num_tokens)
     assert 0 < context.eliminated[1][0] < 1
 
 
@@ -86,14 +61,14 @@ def test_documents_that_are_not_aligned(mode, mesh, folder):
     # Documents meet in blocks 2 and 6; block 8 is padding; the others are 0 1 | 3 4 5 | 7.
     best = [int(SCORES[:2].argmax()), 3 + int(SCORES[3:6].argmax())]
     kept = torch.tensor(sorted({2, 6, 7, *best}))
-    _compare(layer, context, token_mask(kept, 72), mode, 72)
+    compare(layer, context, token_mask(kept, 72), mode, 72)
 
 
 @pytest.mark.parametrize("variant", ["llama-mha-bias", "qwen3"])
 def test_other_families(variant, mesh, folder):
     layer = _layer(folder, mesh, make_elimination(SCORES, ratio=0.4), variant)
     kept = select_blocks(SCORES[None], 0.4, strata=2)[0]
-    _compare(layer, make_context(72), token_mask(kept, 72), "qkv", 72)
+    compare(layer, make_context(72), token_mask(kept, 72), "qkv", 72)
 
 
 @pytest.mark.parametrize("mode", ["qkv", "q"])
@@ -110,36 +85,7 @@ def test_windows_go_by_original_distances(mode, which, mesh, folder):
         mask = visible(context) & wide
     else:
         mask = visible(context, window=7)
-    _compare(layer, context, token_mask(kept, 72), mode, 72, mask)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_pattern_found_by_distance_is_searched_in_the_whole_sequence(mode, mesh, folder):
-    found = patterns.vertical_slash(
-        observed=8,
-        window=8,
-        sinks=1,
-        max_verticals=2,
-        max_slashes=1,
-        vertical_p=0.5,
-        slash_p=0.4,
-        dense_below=0,
-    )
-    layer = _layer(folder, mesh, make_elimination(SCORES, mode=mode, ratio=0.4), pattern=found)
-    context = make_context(72)
-    x = torch.randn(72, 1, 32, generator=torch.Generator().manual_seed(8), dtype=torch.float64)  # _compare's
-    attention = layer.self_attention
-    tables = attention.core_attention.settings.rope.tables(context.rope_positions)
-    q, k, _ = attention.get_query_key_value_tensors(layer.input_layernorm(x))
-    q, k = (apply_rope(t.transpose(0, 1), *tables).detach() for t in (q, k))
-    blocks = found.index(
-        q=q, k=k, num_tokens=72, num_heads=q.shape[2], num_kv_heads=k.shape[2], block=BLOCK
-    ).to_mask()[0]
-    wide = blocks.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
-    mask = visible(context) & wide.repeat_interleave(q.shape[2] // k.shape[2], 0)
-    assert 0.3 < mask.sum() / (len(mask) * visible(context).sum()) < 0.9
-    kept = select_blocks(SCORES[None], 0.4, strata=2)[0]
-    _compare(layer, context, token_mask(kept, 72), mode, 72, mask)
+    compare(layer, context, token_mask(kept, 72), mode, 72, mask)
 
 
 def test_smaller_blocks_than_the_layouts(mesh, folder):
@@ -150,7 +96,7 @@ def test_smaller_blocks_than_the_layouts(mesh, folder):
     layer(x, packed_seq_params=context)
     kept = torch.from_numpy(context.cached(("kept", 1), lambda: None).blocks)
     assert len(kept) == 6 and (torch.bincount(kept // 2 % 2, minlength=2) == 3).all()
-    _compare(layer, make_context(72), token_mask(kept, 72, 4), "qkv", 72)
+    compare(layer, make_context(72), token_mask(kept, 72, 4), "qkv", 72)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -202,8 +148,8 @@ def test_positions_are_those_of_the_whole_sequence(mesh, folder, monkeypatch):
     out, _ = layer(x, packed_seq_params=make_context(72))
     inner = layer.elimination.excerpt
 
-    def renumbered(inputs, choice, given=None):
-        made = inner(inputs, choice, given)
+    def renumbered(inputs, choice):
+        made = inner(inputs, choice)
         made.excerpt = replace(made.excerpt, rows=torch.arange(len(made.rope_positions)))
         return made
 
@@ -234,7 +180,7 @@ def test_keeping_all_blocks_equals_dense(mode, mesh, folder):
     # A ratio below 1 and all blocks forced: the sparse path at the dense setting.
     elimination = make_elimination(SCORES, mode=mode, ratio=0.999, local_blocks=9)
     layer = _layer(folder, mesh, elimination)
-    _compare(layer, make_context(72), torch.ones(72, dtype=torch.bool), "qkv", 72)
+    compare(layer, make_context(72), torch.ones(72, dtype=torch.bool), "qkv", 72)
 
 
 def test_evaluation_is_dense(mesh, folder):

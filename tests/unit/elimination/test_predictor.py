@@ -163,12 +163,13 @@ def test_calibrated_ratios_are_taken_by_a_run(tmp_path, capsys):
     found = json.loads(out.read_text())
     assert found["reached_share"] <= 0.9 and min(found["ratios"]) < 1
     assert main(["check", str(path), "--elimination.ratio", f"file:{out}"]) == 0
-    assert main([*run, "--target-bytes", "0.8", "--memory.level", "mlp"]) == 0
-    assert json.loads(out.read_text())["reached_share"] <= 0.8
+    for level in ("none", "full"):
+        assert main([*run, "--target-bytes", "0.9", "--memory.level", level]) == 0
+        assert json.loads(out.read_text())["reached_share"] <= 0.9
     assert main([*run, "--target-flops", "1.5"]) == 2
     assert "--target-flops=1.5 must lie between 0 and 1" in capsys.readouterr().err
-    assert main([*run, "--target-bytes", "0.8"]) == 2
-    assert "set memory.level to norms or mlp" in capsys.readouterr().err
+    assert main([*run, "--target-bytes", "0.8", "--elimination.mode", "q"]) == 2
+    assert "saves as many bytes as dense; give --target-flops" in capsys.readouterr().err
     assert main(["check", str(path), "--elimination.ratio", f"file:{path}"]) == 2
     assert "is not a file of elimination ratios" in capsys.readouterr().err
     assert (
