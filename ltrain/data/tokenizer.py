@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,6 +25,7 @@ class Tokenizer:
 
     def __init__(self, engine: Any, name: str) -> None:
         self._engine = engine
+        self._backend = getattr(engine, "backend_tokenizer", None)
         self.name = name
         self.vocab_size = max(len(engine), max(engine.get_vocab().values()) + 1)
         self.bos_id: int | None = engine.bos_token_id
@@ -31,12 +33,11 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        backend = getattr(self._engine, "backend_tokenizer", None)
-        if backend is None:
+        if self._backend is None:
             facts = {"class": type(self._engine).__name__, "vocab": self._engine.get_vocab()}
         else:
             # What surrounds a single text (template, padding, truncation, decoding) has no part in `encode`.
-            whole = json.loads(backend.to_str())
+            whole = json.loads(self._backend.to_str())
             facts = {key: whole.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
         facts["ends"] = [self.bos_id, self.eos_id]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -70,10 +71,27 @@ class Tokenizer:
 
 
 class _ByteTokenizer(Tokenizer):
-    """Token id = byte value, so that encoding needs no search."""
+    """Token id = byte value, so that encoding needs no search; transformers serves to save it only."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.name, self.vocab_size = "byte", 258
+        self.bos_id, self.eos_id = 256, 257
+
+    @cached_property
+    def _engine(self) -> Any:  # type: ignore[override]
+        return _from_transformers("PreTrainedTokenizerFast")(
+            tokenizer_object=self._backend,
+            bos_token="<s>",
+            eos_token="</s>",
+            clean_up_tokenization_spaces=False,
+        )
 
     def _ids(self, texts: Sequence[str]) -> Sequence[Any]:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids: Any) -> str:
+        return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
 
 
 def _byte_symbols() -> list[str]:
@@ -87,19 +105,36 @@ def byte_tokenizer() -> Tokenizer:
     """Bytes (ids 0 to 255), `<s>` (256) and `</s>` (257), as an ordinary Hugging Face fast tokenizer."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
-    from transformers import PreTrainedTokenizerFast
 
     backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(_byte_symbols())}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    engine = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        clean_up_tokenization_spaces=False,
-    )
-    return _ByteTokenizer(engine, "byte")
+    return _ByteTokenizer(backend)
+
+
+def _from_transformers(name: str) -> Any:
+    """A class of transformers, which imports it, and what it needs, at this moment. Raises ConfigError that
+    names the cause, which transformers' own message hides.
+    """
+    try:
+        return getattr(importlib.import_module("transformers"), name)
+    except (ImportError, AttributeError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None or cause.__context__ is not None:
+            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+        missing = cause.name if isinstance(cause, ModuleNotFoundError) and cause.name else None
+        raise ConfigError(
+            "data.tokenizer",
+            f"transformers.{name}",
+            f"cannot be imported: {_first_line(cause)}",
+            f"pip install {missing}" if missing else "pip install --upgrade transformers tokenizers",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
 
 
 def _is_plain(folder: Path) -> bool:
@@ -124,14 +159,16 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise ConfigError(
             "data.tokenizer", name, "must be `byte` or a folder with a tokenizer", "check the path"
         )
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     try:
         # AutoTokenizer would put Qwen2's normalisation and words in place of a plain tokenizer.json's.
-        maker = PreTrainedTokenizerFast if _is_plain(folder) else AutoTokenizer
+        maker = _from_transformers("PreTrainedTokenizerFast" if _is_plain(folder) else "AutoTokenizer")
         return Tokenizer(maker.from_pretrained(str(folder), local_files_only=True), name)
+    except ConfigError:
+        raise
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            "data.tokenizer", name, f"cannot be loaded: {reason}", "check tokenizer.json in the folder"
+            "data.tokenizer",
+            name,
+            f"cannot be loaded: {_first_line(error)}",
+            "check tokenizer.json in the folder",
         ) from None

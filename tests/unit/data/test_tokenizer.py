@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,42 @@ def test_the_short_cut_for_bytes_agrees_with_the_hugging_face_engine() -> None:
     tokenizer = byte_tokenizer()
     text = "".join(map(chr, range(1, 0x500))) + TEXT
     assert Tokenizer(tokenizer._engine, "engine").encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+def test_bytes_decode_as_the_hugging_face_engine_does() -> None:
+    tokenizer = byte_tokenizer()
+    ids = np.random.default_rng(0).integers(0, 258, 3000)
+    for part in (ids, TEXT.encode()[:-1], [256, 0xE2, 0x98, 65, 257], []):
+        assert tokenizer.decode(part) == Tokenizer(tokenizer._engine, "engine").decode(part)
+
+
+WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {module!r}:
+            raise ModuleNotFoundError("No module named " + {module!r}, name={module!r})
+sys.meta_path.insert(0, Missing())
+from ltrain.config.base import ConfigError
+from ltrain.data.tokenizer import load_tokenizer
+tokenizer = load_tokenizer("byte")
+print(tokenizer.fingerprint, tokenizer.decode(tokenizer.encode("a")))
+try:
+    load_tokenizer({folder!r})
+except ConfigError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("module", ["transformers", "huggingface_hub"])
+def test_a_package_that_is_missing_is_named(tmp_path: Path, module: str) -> None:
+    byte_tokenizer().save(tmp_path)
+    script = WITHOUT.format(module=module, folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, error = done.stdout.splitlines()[:2]
+    assert first == f"{byte_tokenizer().fingerprint} a"
+    assert f"cannot be imported: No module named {module}; pip install {module}" in error
 
 
 @pytest.mark.parametrize("family", [None, "llama", "qwen2", "qwen3", "mistral"])
@@ -86,6 +124,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.tokenizer=.* cannot be loaded"):
         load_tokenizer(str(tmp_path))
     byte_tokenizer().save(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"data\.tokenizer=.* cannot be loaded"):
-        load_tokenizer(str(tmp_path))
+    for file, text in (("tokenizer.json", "{}"), ("tokenizer_config.json", "{")):
+        (tmp_path / file).write_text(text)
+        with pytest.raises(ConfigError, match=r"data\.tokenizer=.* cannot be loaded"):
+            load_tokenizer(str(tmp_path))
