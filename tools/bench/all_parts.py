@@ -96,8 +96,8 @@ def run_arm(name: str, parts: tuple[str, ...], out: Path, steps: int | None) -> 
     else:
         command = ["bash", str(ROOT / "launch" / "local.sh"), str(RANKS), str(config)]
         runs = [folder / "run"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": programs, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     metrics = [run / "metrics.jsonl" for run in runs]
     for path in metrics:
         path.unlink(missing_ok=True)

@@ -158,6 +158,7 @@ def error_against_fp64(job: Job, rank: int, world: int) -> float:
     for reference, found in zip(
         [out, *(x.grad for x in wide)], [got, *(x.grad for x in shards[:3])], strict=True
     ):
+        assert reference is not None and found is not None
         expected, found = layout.shard(reference.detach(), rank, 1), found.detach()
         if expected.numel():
             worst = max(worst, float((expected - found).abs().max() / reference.detach().abs().max()))

@@ -97,6 +97,7 @@ def main() -> None:
             seconds = step(model, batch)
             if number:
                 times[name].append(seconds)
+    assert batch is not None
     context = batch.context
     kept = [context.eliminated.get(layer, (1.0,))[0] for layer in range(args.layers)]
     densities = [context.densities.get(layer, 1.0) for layer in range(args.layers)]

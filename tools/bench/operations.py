@@ -76,7 +76,9 @@ def costs(tree: dict[str, Any], rounds: int) -> dict[str, float]:
         lines.append(time.perf_counter() - began)
 
     trainer.measure.step = timed  # type: ignore[method-assign]
-    steps, whole, blocked = [], [], []
+    steps: list[float] = []
+    whole: list[float] = []
+    blocked: list[float] = []
     for i in range(3 * rounds + 2):
         began = time.perf_counter()
         trainer.one_step()

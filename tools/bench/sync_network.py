@@ -78,7 +78,7 @@ def work(args: argparse.Namespace) -> None:
     began, sent, reason, check_at = time.perf_counter(), tx_bytes(), "", 10
     for step in range(args.steps):
         loss_of(model, corpus.batch(step, index, 8)).backward()
-        sync.reduce_gradients({name: p.grad for name, p in model.named_parameters()})
+        sync.reduce_gradients({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         update(model, optimizer, constant_rate(step, args.lr))
         report = sync.after_step(step)
         if report is not None and report.reason:

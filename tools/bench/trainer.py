@@ -41,7 +41,7 @@ def bare(tokens: int, steps: int, threads: int) -> list[float]:
         num_key_value_heads=SHAPE["num_kv_heads"],
         vocab_size=VOCAB,
         max_position_embeddings=tokens,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]
     )
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
