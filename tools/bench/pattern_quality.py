@@ -200,10 +200,10 @@ def run_arm(out: Path, pattern: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def recall(run: Any) -> dict[str, list[float]]:
-    """By distance to the nearest earlier place that tells the value: answers, and those given over 1/2."""
+    """By distance to the nearest earlier place that tells the value: answers, those given over 1/2, nats."""
     from ltrain.train.step import run_model
 
-    asked, right = np.zeros(len(DISTANCES)), np.zeros(len(DISTANCES))
+    asked, right, lost = (np.zeros(len(DISTANCES)) for _ in range(3))
 
     def count(batch: Any, nll: Any) -> None:
         tokens, labels = batch.tokens[0].numpy(), batch.labels[0].numpy()
@@ -216,13 +216,14 @@ def recall(run: Any) -> dict[str, list[float]]:
                 bucket = int(np.searchsorted(DISTANCES, at - last[key]))
                 asked[bucket] += 1
                 right[bucket] += float(nll[at]) < np.log(2)
+                lost[bucket] += float(nll[at])
                 last[key] = at + 1
 
     run.ddp.eval()
     for row in run.held_out:
         run_model(run.ddp, run.mesh, run.assignment.batches([row]), train=False, on_losses=count)
     run.ddp.train()
-    return {"asked": asked.tolist(), "right": right.tolist()}
+    return {"asked": asked.tolist(), "right": right.tolist(), "nll": lost.tolist()}
 
 
 def start(command: list[str], log: Path) -> None:
