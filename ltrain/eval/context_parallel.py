@@ -23,12 +23,13 @@ from ltrain.model.attention_file import TrainedAttention
 from ltrain.model.build import build_model
 from ltrain.model.families import read_spec
 from ltrain.model.language_model import LanguageModel
+from ltrain.model.pattern_weights import check_stored, init_pattern
 from ltrain.model.sources import check_weights
 from ltrain.model.spec import ModelSpec
 from ltrain.model.weights import import_model
 from ltrain.parallel import seam
 from ltrain.parallel.layout import SequenceLayout
-from ltrain.parallel.mesh import init_mesh
+from ltrain.parallel.mesh import Axis, init_mesh
 
 DTYPES = {
     "float32": torch.float32,
@@ -59,7 +60,8 @@ class ContextParallelModel:
     def __init__(self, folder: Path, attention: TrainedAttention, *, dtype: str = "auto") -> None:
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-        spec = read_spec(folder)
+        spec, pattern = read_spec(folder), patterns.from_config(attention.pattern)
+        check_stored(folder, pattern)
         self.mesh = init_mesh(context=dist.get_world_size())
         self.spec, self.block = spec, attention.block
         with seam.cpu_seam():
@@ -67,7 +69,7 @@ class ContextParallelModel:
         settings = AttentionSettings(
             rope=spec.rope,
             windows=spec.windows,
-            pattern=patterns.from_config(attention.pattern),
+            pattern=pattern,
             total_kv_heads=spec.num_kv_heads,
         )
         self.model = build_model(
@@ -79,32 +81,31 @@ class ContextParallelModel:
             dtype=_dtype(spec, dtype),
         ).to(self.mesh.device)
         import_model(self.model, spec, self.mesh)
+        init_pattern(self.model, spec, pattern, self.mesh, seed=0)
         self.model.eval()
 
     @torch.no_grad()
     def losses(self, ids: Sequence[int]) -> Tensor:
         """Loss (nats) of every token but the first, fp32 [T - 1] on the CPU; equal on all ranks. Collective.
 
-        Texts of fewer blocks than ranks are filled up with a document of their own, which counts for nothing.
+        A text of fewer blocks than ranks is read by every rank alone.
         """
         axis, device = self.mesh.context, self.mesh.device
         count = len(ids)
-        layout = SequenceLayout("striped", max(count, axis.size * self.block), axis.size, self.block)
-        padding = layout.num_tokens - count
-        whole = torch.tensor([*ids, *([0] * padding)])
+        if count < axis.size * self.block:
+            axis = self.mesh.tensor  # whose size is 1
+        layout = SequenceLayout("striped", count, axis.size, self.block)
+        whole = torch.tensor(ids)
         labels = torch.full_like(whole, IGNORE)
-        labels[: count - 1] = whole[1:count]
-        positions = torch.cat([torch.arange(count), torch.arange(padding)]).to(torch.int32)
-        doc_ids = (torch.arange(layout.num_tokens) >= count).to(torch.int32).to(device) if padding else None
+        labels[:-1] = whole[1:]
         local = layout.positions(axis.rank).long()
-        rope_positions = positions[local].to(device)
+        rope_positions = local.to(device, torch.int32)
         context = AttentionContext(
             qkv_format="sbhd",
             layout=layout,
             group=axis.group,
             rank=axis.rank,
             rope_positions=rope_positions,
-            doc_ids=doc_ids,
             # Some kinds of rope have other frequencies for other lengths.
             rope_tables=replace(self.spec.rope, seq_len=count).tables(rope_positions, device=device),
         )
@@ -115,11 +116,10 @@ class ContextParallelModel:
             labels=labels[local][None].to(device),
             packed_seq_params=context,
         )
-        return self._whole(output[1:].float(), layout)[: count - 1].cpu()
+        return self._whole(output[1:].float(), layout, axis)[: count - 1].cpu()
 
-    def _whole(self, nll: Tensor, layout: SequenceLayout) -> Tensor:
-        """All ranks' token losses in document order."""
-        axis = self.mesh.context
+    def _whole(self, nll: Tensor, layout: SequenceLayout, axis: Axis) -> Tensor:
+        """Token losses of all ranks of the axis in document order."""
         longest = max(layout.lengths)
         sent = torch.nn.functional.pad(nll, (0, longest - len(nll)))
         received = sent.new_empty(axis.size * longest)

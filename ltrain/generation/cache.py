@@ -7,13 +7,13 @@ blocks, D head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltrain.attention.patterns import selected_attention
 from ltrain.generation.rules import Rule, Visible
 from ltrain.generation.slots import SlotTable, Write
 from ltrain.generation.store import LayerStore
@@ -96,9 +96,8 @@ class SparseCache:
     def _first(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         rule = self.rules[layer]
         rows = [x.transpose(0, 1)[None].contiguous() for x in (q, k, v)]
-        selection, self.states[layer] = rule.select(rows[0], rows[1])
+        out, self.states[layer] = rule.first(rows[0], rows[1], rows[2], scale)
         self.stores[layer].load(self.tables[id(rule)], k, v)
-        out, _ = selected_attention(*rows, selection, window=rule.window, scale=scale)
         return out[0]
 
     def _later(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -108,14 +107,21 @@ class SparseCache:
         store.write(table, reading.writes[id(rule)], k, v)
         tokens = q.transpose(0, 1)
         if not rule.shared:
-            keys = store.whole_keys(table)
-            self.states[layer] = rule.resume(self.states[layer], tokens, keys, search=reading.search)
+            keys, values = store.whole(table)
+            self.states[layer] = rule.resume(self.states[layer], tokens, keys, values, search=reading.search)
         key = id(rule) if rule.shared else layer
         if key not in reading.visible:
             reading.visible[key] = rule.visible(self.states[layer], tokens, reading.positions)
-        visible = reading.visible[key]
-        out = torch.empty_like(tokens)
-        grouped = q.unflatten(0, (k.shape[0], -1))
+        over = partial(self._over, layer, q, k.shape[0], scale)
+        return rule.attend(self.states[layer], tokens, reading.positions, reading.visible[key], over, scale)
+
+    def _over(self, layer: int, q: Tensor, kv_heads: int, scale: float, visible: Visible) -> Tensor:
+        """Attention of q [Hq, n, D] over what is kept and visible, [n, Hq, D]."""
+        reading, rule, store = self._reading, self.rules[layer], self.stores[layer]
+        assert reading is not None
+        table = self.tables[id(rule)]
+        out = torch.empty_like(q.transpose(0, 1))
+        grouped = q.unflatten(0, (kv_heads, -1))
         for g, group in enumerate(table.groups):
             heads = torch.from_numpy(group).to(q.device)
             per_token = len(group) * grouped.shape[1] * table.cols[g].shape[1] * self.block
@@ -132,7 +138,7 @@ class SparseCache:
                     rule.window,
                     scale,
                 )
-                out.unflatten(1, (k.shape[0], -1))[part, heads] = found.permute(2, 0, 1, 3)
+                out.unflatten(1, (kv_heads, -1))[part, heads] = found.permute(2, 0, 1, 3)
         return out
 
     def _attend_group(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ltrain.attention import patterns
 from ltrain.config.base import ConfigError
 from ltrain.config.load import parse_yaml
 from ltrain.model.attention_file import TrainedAttention, parse_attention, read_attention
+from ltrain.model.pattern_weights import check_stored
 
 OPTION = "--attention"
 
@@ -15,7 +17,8 @@ OPTION = "--attention"
 def choose_attention(folder: Path, choice: str = "trained", block: int | None = None) -> TrainedAttention:
     """`trained` (what `ltrain.json` says), `dense`, or a pattern as YAML, `{kind: s2, stride: 8}`.
 
-    `block` takes the place of the trained block. Raises ConfigError.
+    `block` takes the place of the trained block. Raises ConfigError, also where the pattern needs weights of
+    its own that the folder doesn't hold.
     """
     trained = read_attention(folder)
     tree: dict[str, Any] = trained.model_dump(mode="json")
@@ -24,10 +27,7 @@ def choose_attention(folder: Path, choice: str = "trained", block: int | None = 
     if choice != "trained":
         tree["pattern"] = _pattern(choice)
     chosen = parse_attention(tree, OPTION)
-    kind = chosen.pattern.kind
-    if kind in ("seer_gate", "nsa"):
-        rule = "has weights of its own, which generation and evaluation do not run yet"
-        raise ConfigError(OPTION, kind, rule, f"use {OPTION} dense")
+    check_stored(folder, patterns.from_config(chosen.pattern))
     return chosen
 
 

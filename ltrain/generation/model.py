@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ltrain.attention import patterns
 from ltrain.generation.cache import SparseCache
-from ltrain.generation.rules import Shape, layer_rules
+from ltrain.generation.layer_rules import layer_rules
+from ltrain.generation.rules import Shape
 from ltrain.model.attention_file import TrainedAttention
+from ltrain.model.pattern_weights import load_modules
 from ltrain.model.spec import ModelSpec
 
 IMPLEMENTATION = "ltrain_sparse"
@@ -43,7 +45,8 @@ class SparseModel:
     """A Llama, Qwen2, Qwen3 or Mistral model of `transformers` under a pattern of attention.
 
     The model is changed in place: from then on it runs through this class only. `attention` is as
-    `choose_attention` gives it.
+    `choose_attention` gives it. Raises ConfigError where the pattern needs weights of its own that the folder
+    of the model doesn't hold.
     """
 
     def __init__(self, model: Any, spec: ModelSpec, attention: TrainedAttention) -> None:
@@ -53,10 +56,12 @@ class SparseModel:
         model.set_attn_implementation(IMPLEMENTATION)
         self.model, self.spec, self.attention = model.eval(), spec, attention
         self.device = next(model.parameters()).device
+        pattern = patterns.from_config(attention.pattern)
         self.rules = layer_rules(
-            patterns.from_config(attention.pattern),
+            pattern,
             Shape(spec.num_heads, spec.num_kv_heads, spec.num_layers, attention.block),
             spec.windows,
+            load_modules(spec, pattern, device=self.device, dtype=model.dtype),
         )
 
     def new_cache(self) -> SparseCache:

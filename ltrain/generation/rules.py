@@ -9,14 +9,15 @@ far, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ltrain.attention.patterns import Pattern, Selection
+from ltrain.attention.patterns import Pattern, Selection, selected_attention
 from ltrain.attention.patterns.kinds.block_topk import BlockTopK
 from ltrain.attention.patterns.kinds.sliding_window import local_blocks
 from ltrain.attention.patterns.kinds.vertical_slash import VerticalSlash
@@ -50,14 +51,23 @@ class Visible(NamedTuple):
 class Rule:
     """A dense layer: everything is kept and seen. Rules without state of a sequence are stateless values.
 
-    `window`, the model's own, drops from a static layer's cache what no later query sees.
+    `window`, the model's own, drops from a static layer's cache what no later query sees. `module` holds the
+    pattern's own weights of the layer.
     """
 
     shared = True
     """Whether what is visible depends on positions alone, hence is the same in all layers of the rule."""
 
-    def __init__(self, pattern: Pattern, layer: int, shape: Shape, window: int | None) -> None:
+    def __init__(
+        self,
+        pattern: Pattern,
+        layer: int,
+        shape: Shape,
+        window: int | None,
+        module: nn.Module | None = None,
+    ) -> None:
         self.pattern, self.layer, self.shape, self.window = pattern, layer, shape, window
+        self.module = module
 
     def groups(self) -> list[np.ndarray]:
         """Key/value heads that are stored together."""
@@ -76,9 +86,17 @@ class Rule:
         oldest = position - self.window + 1
         return [c[(c + 1) * self.shape.block > oldest] for c in columns]
 
+    def first(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, object]:
+        """A first read, q [1, T, Hq, D], k and v [1, T, Hkv, D]: its attention [1, T, Hq, D] as training
+        computes it, and the state to go on from.
+        """
+        selection, state = self.select(q, k)
+        return selected_attention(q, k, v, selection, window=self.window, scale=scale)[0], state
+
     def select(self, q: Tensor, k: Tensor) -> tuple[Selection, object]:
-        """The selection of a first read, q [1, T, Hq, D], k [1, T, Hkv, D], and the state to go on from."""
-        return self.pattern.select(**self._arguments(k.shape[1]), q=q, k=k), None
+        """The selection of a first read and the state to go on from."""
+        found = self.pattern.select(**self._arguments(k.shape[1]), q=q, k=k, module=self.module)
+        return found, None
 
     def _arguments(self, num_tokens: int) -> dict[str, int]:
         shape = self.shape
@@ -91,12 +109,25 @@ class Rule:
             "num_layers": shape.num_layers,
         }
 
-    def resume(self, state: object, q: Tensor, k: Tensor, *, search: bool) -> object:
-        """The state before new tokens q [n, Hq, D] attend; k [T, Hkv, D] are all keys, theirs included.
+    def resume(self, state: object, q: Tensor, k: Tensor, v: Tensor, *, search: bool) -> object:
+        """The state before new tokens q [n, Hq, D] attend; k and v [T, Hkv, D] are those of all tokens,
+        theirs included.
 
         `search`: these tokens are a prompt, from which a pattern is found anew; others are decoded.
         """
         return state
+
+    def attend(
+        self,
+        state: object,
+        q: Tensor,
+        positions: np.ndarray,
+        visible: Visible,
+        over: Callable[[Visible], Tensor],
+        scale: float,
+    ) -> Tensor:
+        """Attention of tokens q [n, Hq, D] that see `visible`; `over` attends what is kept of it."""
+        return over(visible)
 
     def visible(self, state: object, q: Tensor, positions: np.ndarray) -> Visible:
         """What the tokens q [n, Hq, D] at `positions` [n] see."""
@@ -108,8 +139,15 @@ class Rule:
 class StaticRule(Rule):
     """The pattern's own row: of a block that a row has dropped no later row sees anything."""
 
-    def __init__(self, pattern: Pattern, layer: int, shape: Shape, window: int | None) -> None:
-        super().__init__(pattern, layer, shape, window)
+    def __init__(
+        self,
+        pattern: Pattern,
+        layer: int,
+        shape: Shape,
+        window: int | None,
+        module: nn.Module | None = None,
+    ) -> None:
+        super().__init__(pattern, layer, shape, window, module)
         self._row: tuple[int, Columns] | None = None
 
     def columns(self, row: int) -> Columns:
@@ -177,7 +215,7 @@ class VerticalSlashRule(Rule):
             diagonals[head, last - col[start:stop].long()] = True
         return found, Searched(diagonals, found.verticals.mask[0])
 
-    def resume(self, state: object, q: Tensor, k: Tensor, *, search: bool) -> object:
+    def resume(self, state: object, q: Tensor, k: Tensor, v: Tensor, *, search: bool) -> object:
         if not search:
             return state
         # Only the prompt's queries are watched, so those before them may be anything.
@@ -220,25 +258,29 @@ class BlockTopKRule(Rule):
         return None
 
     def select(self, q: Tensor, k: Tensor) -> tuple[Selection, object]:
-        return super().select(q, k)[0], self._means(k[0], 0)
+        return super().select(q, k)[0], self._pooled(k[0])
 
-    def _means(self, k: Tensor, first: int) -> Tensor:
-        """Mean keys fp32 [N, Hkv, D] of the whole blocks from `first` on."""
+    def _pooled(self, k: Tensor) -> Tensor:
+        """What is kept [N, Hkv, P] of the whole blocks of keys [T, Hkv, D]: mean keys, fp32."""
         block = self.shape.block
         whole = k.shape[0] // block
-        return k[first * block : whole * block].unflatten(0, (whole - first, block)).float().mean(1)
+        return k[: whole * block].unflatten(0, (whole, block)).float().mean(1)
 
-    def resume(self, state: object, q: Tensor, k: Tensor, *, search: bool) -> object:
+    def _scores(self, q: Tensor, state: Tensor) -> Tensor:
+        """Scores [Hkv, 1 or G, n, N] of the blocks for every token."""
+        grouped = q.unflatten(1, (self.shape.num_kv_heads, -1)).float()
+        if self.pattern.heads == "kv":
+            grouped = grouped.sum(2, keepdim=True)
+        return torch.einsum("nhgd,chd->hgnc", grouped, state)
+
+    def resume(self, state: object, q: Tensor, k: Tensor, v: Tensor, *, search: bool) -> object:
         assert isinstance(state, Tensor)
-        return torch.cat([state, self._means(k, len(state))]) if k.shape[0] // self.shape.block else state
+        return torch.cat([state, self._pooled(k[len(state) * self.shape.block :])])
 
     def visible(self, state: object, q: Tensor, positions: np.ndarray) -> Visible:
         assert isinstance(state, Tensor)
         num_blocks = int(positions[-1]) // self.shape.block + 1
-        grouped = q.unflatten(1, (self.shape.num_kv_heads, -1)).float()
-        if self.pattern.heads == "kv":
-            grouped = grouped.sum(2, keepdim=True)
-        scores = torch.einsum("nhgd,chd->hgnc", grouped, state)
+        scores = self._scores(q, state)
         scores = torch.nn.functional.pad(scores, (0, num_blocks - scores.shape[-1]))
         mask = torch.zeros(scores.shape, dtype=torch.bool, device=q.device)
         for i, row in enumerate((positions // self.shape.block).tolist()):
@@ -252,18 +294,3 @@ class DenseAfterRule(Rule):
 
     def kept(self, position: int) -> Columns | None:
         return None
-
-
-def layer_rules(pattern: Pattern, shape: Shape, windows: tuple[int | None, ...]) -> list[Rule]:
-    """The rule of every layer; layers with the same rule share it. `windows` are the model's own."""
-    kinds = {"vertical_slash": VerticalSlashRule, "block_topk": BlockTopKRule}
-    made: dict[tuple[bool, int | None], Rule] = {}
-    rules = []
-    for layer, window in enumerate(windows):
-        dense = pattern.is_dense_layer(layer, shape.num_layers)
-        sparse = StaticRule if pattern.static else kinds.get(pattern.kind, DenseAfterRule)
-        key = (dense, window)
-        if key not in made:
-            made[key] = (Rule if dense else sparse)(pattern, layer, shape, window)
-        rules.append(made[key])
-    return rules

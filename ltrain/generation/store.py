@@ -47,10 +47,11 @@ class LayerStore:
                     stored[g] = torch.cat([old, old.new_zeros(len(group), missing, *old.shape[2:])], dim=1)
                 stored[g][heads, slots, places] = x[torch.from_numpy(group).to(x.device)]
 
-    def whole_keys(self, table: SlotTable) -> Tensor:
-        """Every key so far, [T, Hkv, D], of a table that keeps all blocks in order."""
-        (k,) = self.k
-        return k.flatten(1, 2)[:, : table.length].transpose(0, 1)
+    def whole(self, table: SlotTable) -> tuple[Tensor, Tensor]:
+        """Every key and value so far, [T, Hkv, D], of a table that keeps all blocks in order."""
+        (k,), (v,) = self.k, self.v
+        k, v = (x.flatten(1, 2)[:, : table.length].transpose(0, 1) for x in (k, v))
+        return k, v
 
 
 def _parts(table: SlotTable) -> list[tuple[np.ndarray, np.ndarray]]:

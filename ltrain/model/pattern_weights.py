@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ltrain.attention.patterns import Pattern
 from ltrain.config.base import ConfigError
+from ltrain.model.families import read_spec
 from ltrain.model.families.base import read_json
 from ltrain.model.sharding import Piece, Shard
 from ltrain.model.sources import named_normal
@@ -71,10 +73,13 @@ def pattern_shards(
     return shards
 
 
-def stored_pattern(spec: ModelSpec, pattern: Pattern) -> Path | None:
+def stored_pattern(
+    spec: ModelSpec, pattern: Pattern, fields: tuple[str, str] = ("model.path", "attention.pattern")
+) -> Path | None:
     """The file beside the source model that holds this pattern's weights, if there is one.
 
-    Raises ConfigError where it is damaged or of other shapes; weights of another pattern are left alone.
+    Raises ConfigError, with the user's names of model and pattern in `fields`, where it is damaged or of
+    other shapes; weights of another pattern are left alone.
     """
     if spec.source is None or not (spec.source / FACTS).exists():
         return None
@@ -86,12 +91,55 @@ def stored_pattern(spec: ModelSpec, pattern: Pattern) -> Path | None:
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors wraps the system's error
-        raise ConfigError("model.path", str(path), f"can't be read ({error})", "copy it again") from None
+        raise ConfigError(fields[0], str(path), f"can't be read ({error})", "copy it again") from None
     if found != shapes:
         name = next(n for n in [*shapes, *found] if shapes.get(n) != found.get(n))
         rule = f"holds {name} with shape {found.get(name)}, the pattern has {shapes.get(name)}"
-        raise ConfigError("attention.pattern", str(path), rule, "take the pattern of attention_pattern.json")
+        fix = "take the pattern of attention_pattern.json, and the file that was exported with this model"
+        raise ConfigError(fields[1], str(path), rule, fix)
     return path
+
+
+def check_stored(folder: Path, pattern: Pattern) -> None:
+    """Raise ConfigError unless a model folder can run under `pattern`: weights of the pattern's own must lie
+    in it, of this kind and shapes.
+    """
+    if not pattern.capabilities.learned:
+        return
+    spec, path, kind = read_spec(folder), folder / WEIGHTS, pattern.kind
+    if not pattern_shapes(spec, pattern):
+        return
+    for name in (FACTS, WEIGHTS):
+        if not (folder / name).exists():
+            rule = f"has weights of its own, and {folder / name} is not there"
+            raise ConfigError("--attention", kind, rule, "copy it from the export, or use --attention dense")
+    stored = read_json(folder / FACTS).get("pattern", {}).get("kind")
+    if stored != kind:
+        rule = f"has weights of its own, and {path} holds those of {stored}"
+        raise ConfigError("--attention", kind, rule, f"use {stored} or dense")
+    stored_pattern(spec, pattern, fields=("MODEL", "--attention"))
+
+
+def load_modules(
+    spec: ModelSpec, pattern: Pattern, *, device: torch.device, dtype: torch.dtype
+) -> dict[int, nn.Module]:
+    """The pattern's module of every layer that has one, with the weights of the model's folder.
+
+    Raises ConfigError as `check_stored`.
+    """
+    if not pattern_shapes(spec, pattern):
+        return {}
+    assert spec.source is not None
+    check_stored(spec.source, pattern)
+    stored, modules = load_file(spec.source / WEIGHTS), {}
+    for layer in range(spec.num_layers):
+        module = whole_module(spec, pattern)
+        if module is None or pattern.is_dense_layer(layer, spec.num_layers):
+            continue
+        weights = {name: stored[_name(layer, pattern, name)] for name, _ in module.named_parameters()}
+        module.load_state_dict(weights, assign=True)
+        modules[layer] = module.to(device, dtype).eval().requires_grad_(False)
+    return modules
 
 
 @torch.no_grad()

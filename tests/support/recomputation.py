@@ -1,4 +1,7 @@
-"""Patterns as token masks from their definitions, and a model that recomputes everything under them."""
+"""Patterns as token masks from their definitions, and a model that recomputes everything under them.
+
+Patterns with weights of their own are recomputed by `support.learned_recomputation`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from ltrain.attention import patterns
+from support.learned_recomputation import gate_mask, nsa_attention, stored_weights
 
 
 def static_mask(config, length, block, layer, num_layers, heads):
@@ -101,9 +105,12 @@ def _gate(pattern, q, k, head, i, block):
     return torch.tensor([j // block in chosen for j in range(length)])
 
 
-def _attend(module, query, key, value, attention_mask, *, scaling, masks, windows, **unused):
+def _attend(module, query, key, value, attention_mask, *, scaling, masks, windows, branches, **unused):
     layer = module.layer_idx
     group = query.shape[1] // key.shape[1]
+    if branches is not None and layer in branches[1]:
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        return nsa_attention(*branches, layer, *rows, window=windows[layer], scale=scaling)[None], None
     mask = masks(layer, query.transpose(1, 2), key.transpose(1, 2))
     length = query.shape[2]
     at = torch.arange(length)
@@ -120,12 +127,18 @@ def recomputed_logits(folder, spec, config, block, tokens, phases):
     AttentionInterface.register("recomputation", _attend)
     model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
     model.set_attn_implementation("recomputation")
+    weights = stored_weights(folder) if config["kind"] in ("seer_gate", "nsa") else {}
+    branches = (config, weights, block, phases) if config["kind"] == "nsa" else None
 
     def masks(layer, q, k):
         if config["kind"] in ("dense", "sliding_window", "s2", "longgen"):
             mask = static_mask(config, q.shape[1], block, layer, spec.num_layers, k.shape[2])
             return mask.repeat_interleave(q.shape[2] // k.shape[2], 0)
+        if config["kind"] == "seer_gate" and layer in weights:
+            return gate_mask(config, weights[layer], q.float(), k.float(), block, phases)
         return dynamic_mask(config, q.float(), k.float(), block, phases, layer, spec.num_layers)
 
     with torch.no_grad():
-        return model(torch.tensor([tokens]), use_cache=False, masks=masks, windows=spec.windows).logits[0]
+        return model(
+            torch.tensor([tokens]), use_cache=False, masks=masks, windows=spec.windows, branches=branches
+        ).logits[0]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from support.learned_recomputation import save_learned
 from support.models import save_tiny
 
 from ltrain.cli import main
@@ -160,9 +161,12 @@ def test_a_model_runs_with_the_attention_that_it_was_trained_with(sparse_folder,
     assert whole["reference_loss"] == pytest.approx(cells[1]["reference_loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["s2", "vertical_slash", "block_topk"])
-def test_losses_of_a_sparse_model_do_not_depend_on_how_they_are_computed(sparse_folder, kind):
+@pytest.mark.parametrize("kind", ["s2", "vertical_slash", "block_topk", "nsa"])
+def test_losses_of_a_sparse_model_do_not_depend_on_how_they_are_computed(sparse_folder, tmp_path, kind):
     pattern = {**SPARSE["pattern"], "kind": kind} if kind == "s2" else {"kind": kind}
+    if kind == "nsa":
+        pattern = {"kind": kind, "top_k": 2, "compress": 4, "window": 20, "initial_gates": [0.5, 0.5, 0.5]}
+        sparse_folder = save_learned(sparse_folder, tmp_path / "nsa", pattern, 16)
     attention = parse_attention({"pattern": pattern, "block": 16}, "test")
     model = load_model(sparse_folder, device="cpu", attention=attention)
     ids = model.tokens("The quick brown fox jumps over the lazy dog. " * 4)

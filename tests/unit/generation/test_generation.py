@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.learned_recomputation import save_learned
 from support.models import save_tiny
 from support.recomputation import recomputed_logits
 from transformers import AutoModelForCausalLM
@@ -29,7 +30,13 @@ PATTERNS = {
     "slash-blocks": SLASH,
     "slash-tokens": {**SLASH, "verticals": "tokens", "heads": "query"},
     "xattention": {"kind": "xattention", "stride": 4, "pool": 2, "threshold": 0.5},
+    "gate": {"kind": "seer_gate", "top_k": 3, "gate_dim": 4, "dense_layers": [2]},
+    "nsa": {
+        **{"kind": "nsa", "top_k": 3, "compress": 4, "window": 12, "local_blocks": 1},
+        **{"initial_gates": [0.5, 0.75, 0.25], "dense_layers": [1]},
+    },
 }
+LEARNED = ("gate", "nsa")
 LENGTHS = (61, 1, 40, 23)
 NEW = 11
 
@@ -38,7 +45,12 @@ NEW = 11
 def folders(tmp_path_factory):
     made = {}
 
-    def get(variant):
+    def get(variant, name=None):
+        if name in LEARNED and (variant, name) not in made:
+            folder = tmp_path_factory.mktemp("learned") / name
+            made[variant, name] = save_learned(get(variant), folder, PATTERNS[name], BLOCK)
+        if name in LEARNED:
+            return made[variant, name]
         if variant not in made:
             made[variant] = save_tiny(
                 tmp_path_factory.mktemp("models") / variant, variant, num_hidden_layers=3
@@ -71,7 +83,7 @@ def forced(model, prompt, rest):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_batch_of_prompts_equals_full_recomputation(folders, name):
-    folder = folders("llama")
+    folder = folders("llama", name)
     model = load(folder, PATTERNS[name])
     outputs, caches = greedy(model, prompts(), NEW)
     sparse = False
@@ -90,9 +102,9 @@ def test_a_batch_of_prompts_equals_full_recomputation(folders, name):
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-llama3", "qwen2-window", "qwen3", "mistral-window"])
-@pytest.mark.parametrize("name", ["s2", "slash-tokens", "topk"])
+@pytest.mark.parametrize("name", ["s2", "slash-tokens", "topk", "gate", "nsa"])
 def test_families_and_their_own_windows(folders, variant, name):
-    folder = folders(variant)
+    folder = folders(variant, name)
     model = load(folder, PATTERNS[name])
     prompt = prompts()[0]
     (output,), _ = greedy(model, [prompt], NEW)
@@ -105,7 +117,7 @@ def test_families_and_their_own_windows(folders, variant, name):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_second_turn_on_a_copied_cache_equals_full_recomputation(folders, name):
-    folder = folders("llama")
+    folder = folders("llama", name)
     model = load(folder, PATTERNS[name])
     context, first, second, rest = prompts()[0], prompts()[3][:13], prompts()[2][:5], prompts()[2][5:12]
     cache = model.new_cache()

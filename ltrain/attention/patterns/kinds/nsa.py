@@ -49,7 +49,7 @@ class Nsa(NsaFields, DynamicPattern):
 
     def combine(self, *branches: Tensor) -> Tensor:
         far, selected, near, gates = branches
-        g_far, g_selected, g_near = gates.unsqueeze(-1).unbind(3)
+        g_far, g_selected, g_near = gates.unsqueeze(-1).unbind(-2)
         return g_far * far + g_selected * selected + g_near * near
 
     def saved_bytes(self, widths: Widths, *, lean: bool) -> tuple[float, float]:
@@ -95,7 +95,7 @@ class Nsa(NsaFields, DynamicPattern):
                 low = int(own.low[row])
                 asked = queries[b, i].unflatten(1, (heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
                 counted = valid[b if len(valid) > 1 else 0, i].repeat(group)
-                score = _importance(
+                score = importance(
                     asked, counted, keys[low:row, b], exists[low:row, b if len(docs) > 1 else 0]
                 )
                 forced = [c - low for c in forced_columns(row, own, self.sink_blocks, self.local_blocks)]
@@ -104,9 +104,10 @@ class Nsa(NsaFields, DynamicPattern):
         return Selection(from_bits(packed, batch, heads, shape.block))
 
 
-def _importance(queries: Tensor, counted: Tensor, keys: Tensor, exists: Tensor) -> Tensor:
-    """[Hkv, C + 1] (the diagonal last, 0) from queries [Hkv, M, D], counted [M], keys [C, runs, Hkv, D],
-    exists [C, runs].
+def importance(queries: Tensor, counted: Tensor, keys: Tensor, exists: Tensor) -> Tensor:
+    """Attention that queries pay to each block, [Hkv, C + 1] (the diagonal last, 0).
+
+    Scaled queries [Hkv, M, D], counted [M], keys [C, runs, Hkv, D], exists [C, runs].
     """
     blocks, runs, heads, _ = keys.shape
     logits = torch.bmm(queries, keys.float().permute(2, 3, 0, 1).flatten(2))
@@ -153,7 +154,7 @@ class NsaBranches(nn.Module):
         q [B, T_local, Hq, D], k and v [B, T_local, Hkv, .]: the tokens of `call.place` (without `call` the
         whole sequence, with documents `doc_ids`). `index` is the selection over the whole sequence.
         """
-        call = call or _alone(q.shape[1], index.block_q, doc_ids)
+        call = call or whole_call(q.shape[1], index.block_q, doc_ids)
         return self.pattern.combine(*self.branches(q, k, v, index, call))
 
     def branches(
@@ -175,11 +176,12 @@ class NsaBranches(nn.Module):
             q, keys.flatten(1, 2), values.flatten(1, 2), far_index, q_pos=position, k_pos=key_pos,
             q_doc=query_doc, k_doc=key_doc, window=call.window, scale=call.scale,
         )  # fmt: skip
-        gates = (
-            q.new_tensor(self.pattern.initial_gates)
-            + torch.einsum("bthd,hdg->bthg", q, self.gate_weight.to(q.dtype)).tanh()
-        )
-        return far, selected, near, gates
+        return far, selected, near, self.gates(q)
+
+    def gates(self, q: Tensor) -> Tensor:
+        """Of the compressed, selected and window branch, [B, T, Hq, 3], from q [B, T, Hq, D]."""
+        learned = torch.einsum("bthd,hdg->bthg", q, self.gate_weight.to(q.dtype)).tanh()
+        return q.new_tensor(self.pattern.initial_gates) + learned
 
     def _shared(
         self, q: Tensor, k: Tensor, block: int, documents: list[Documents], call: LayerCall
@@ -235,15 +237,28 @@ def _own_tokens(
     return position.to(torch.int32), docs
 
 
-def _alone(num_tokens: int, block: int, doc_ids: Tensor | None) -> LayerCall:
+def whole_call(
+    num_tokens: int,
+    block: int,
+    doc_ids: Tensor | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> LayerCall:
     """The call of a process that holds the whole sequence."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> Tensor:
         position, docs = _own_tokens(alone(num_tokens, block), num_tokens, doc_ids, q.device)
-        return block_sparse_attention(q, k, v, index, q_pos=position, k_pos=position, q_doc=docs, k_doc=docs)[
-            0
-        ]
+        where = {"q_pos": position, "k_pos": position, "q_doc": docs, "k_doc": docs}
+        return block_sparse_attention(q, k, v, index, **where, window=window, scale=scale)[0]
 
     return LayerCall(
-        num_tokens, doc_ids, alone(num_tokens, block), attend, lambda x, y: (x, y), lambda key, make: make()
+        num_tokens=num_tokens,
+        doc_ids=doc_ids,
+        place=alone(num_tokens, block),
+        attend=attend,
+        gather=lambda x, y: (x, y),
+        cached=lambda key, make: make(),
+        window=window,
+        scale=scale,
     )
