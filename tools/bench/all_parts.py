@@ -64,8 +64,7 @@ def arm_tree(parts: tuple[str, ...], folder: Path, steps: int | None) -> dict[st
     tree["metrics"] = {"console": "quiet", "tensorboard": False, "wandb": "off"}
     if steps:
         tree["train"]["steps"] = steps
-        tree["schedule"]["warmup_steps"] = 1
-        tree["eval"]["max_tokens"] = 4096
+        tree["schedule"]["warmup_steps"] = min(tree["schedule"]["warmup_steps"], steps)
     return tree
 
 
@@ -176,7 +175,7 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--only", nargs="+", choices=list(ARMS), help="arms")
-    run.add_argument("--steps", type=int, help="fewer steps: whether it runs")
+    run.add_argument("--steps", type=int, help="other than the file's")
     report = commands.add_parser("report")
     report.add_argument("folder", type=Path)
     report.add_argument("--page", type=Path, default=Path("docs/benchmarks/all_parts.md"))
