@@ -29,6 +29,13 @@ from ltrain.config.train import (
 )
 
 
+# Why token elimination can't be joined with these patterns.
+LEARN_WHOLE = {
+    "seer_gate": "its gate would learn the attention among kept tokens, and evaluation drops none",
+    "nsa": "its window and compressed branches go by distance in the whole sequence, not among kept tokens",
+}
+
+
 class RunConfig(Section):
     """One run. Only `model` and `data` have no default."""
 
@@ -101,13 +108,11 @@ def check_sections(config: RunConfig) -> None:
             f"must not exceed train.steps={train.steps}",
         )
     if isinstance(config.elimination, BlockElimination):
-        if config.attention.pattern.kind in ("seer_gate", "nsa"):
-            raise ConfigError(
-                "attention.pattern.kind",
-                config.attention.pattern.kind,
-                "learns from whole sequences, so it can't be joined with token elimination",
-                "take another pattern, or elimination.kind=none",
-            )
+        kind = config.attention.pattern.kind
+        if kind in LEARN_WHOLE:
+            rule = f"can't be joined with token elimination: {LEARN_WHOLE[kind]}"
+            fix = "take another pattern, for example block_topk, or elimination.kind=none"
+            raise ConfigError("attention.pattern.kind", kind, rule, fix)
         check_elimination(config, config.elimination)
     if config.sync.kind == "every_step" and config.sync.peers is not None:
         raise ConfigError(

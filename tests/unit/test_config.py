@@ -52,7 +52,7 @@ def test_overrides_reach_nested_fields_and_switch_kinds(tmp_path):
         (["--parallel.context.node_size", "2"], "must divide parallel.context.degree=1"),
         (
             ["--attention.pattern.kind", "seer_gate", "--elimination.kind", "blocks"],
-            "it can't be joined with token elimination",
+            "can't be joined with token elimination: its gate would learn the attention among kept tokens",
         ),
         (["--schedule.warmup_steps", "1000"], "must not exceed train.steps=100"),
         (["--optimizer.lr", ".inf"], "optimizer.lr=inf must be"),
