@@ -28,7 +28,6 @@ from ltrain.config.train import (
     TrainSection,
 )
 
-
 # Why token elimination can't be joined with these patterns.
 LEARN_WHOLE = {
     "seer_gate": "its gate would learn the attention among kept tokens, and evaluation drops none",

@@ -56,14 +56,15 @@ class Nsa(NsaFields, DynamicPattern):
         """Two more outputs and LSEs, the gates, and on several ranks all compressed keys and values.
 
         At `none` also: the output beside its branches, tanh, the compressed keys and values on one rank too,
-        and what makes them: keys and values in fp32, shares and their sums.
+        and what makes them: keys and values in fp32 unless they are so, shares and their sums.
         """
         heads, kv_heads, dim = widths.num_heads, widths.num_kv_heads, widths.head_dim
         token = widths.element * (2 * heads * dim + 3 * heads) + 8 * heads
         fetched = widths.element * 2 * kv_heads * dim * widths.context / self.compress
         if lean:
             return token + (fetched if widths.context > 1 else 0), 0.0
-        token += fetched + widths.element * (heads * dim + 3 * heads) + 8 * kv_heads * dim
+        token += fetched + widths.element * (heads * dim + 3 * heads)
+        token += 0 if widths.element == 4 else 8 * kv_heads * dim
         token += 2 * (1 + 8 * kv_heads + 8 * kv_heads / self.compress)
         return token, 8.0 * kv_heads * self.compress
 
