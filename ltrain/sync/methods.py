@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -157,7 +158,9 @@ class RoundSync(Replica):
         self._joined = False
         self._began = time.perf_counter()
         self._reason = ""
-        self._round_s = 0.0
+        # Seconds: of the steps since the last round, of that round, and of waiting for the others in it.
+        self._step_times: list[float] = []
+        self._round_s = self._wait_s = 0.0
 
     def join(self) -> bool:
         if self._joined:
@@ -183,20 +186,21 @@ class RoundSync(Replica):
     def after_step(self, step: int) -> SyncReport | None:
         self.join()
         self.steps_done += 1
-        if self.steps_done < self.steps_per_round:
-            return None
-        step_s = (time.perf_counter() - self._began) / self.steps_done
+        self._step_times.append(time.perf_counter() - self._began)
+        report = self._exchange_round() if self.steps_done >= self.steps_per_round else None
+        self._began = time.perf_counter()
+        return report
+
+    def _exchange_round(self) -> SyncReport | None:
         self.steps_done = 0
         began = time.perf_counter()
         outcome = self._complete() if self._pending is not None else None
-        self._send(step_s)
+        self._send()
         if not self.outer.delayed:
             outcome = self._complete()
             self.outer.reset_parameters()
         self._round_s = time.perf_counter() - began
-        report = self._report(outcome, began) if outcome is not None else None
-        self._began = time.perf_counter()
-        return report
+        return None if outcome is None else self._report(outcome, began)
 
     def finish(self) -> SyncReport | None:
         began, outcome = time.perf_counter(), None
@@ -205,20 +209,25 @@ class RoundSync(Replica):
         if self.steps_done:
             # The last steps fill no round: they are exchanged all the same.
             self.steps_done = 0
-            self._send(0.0)
+            self._send()
             outcome = self._complete()
         # Also without a round: projected writers become whole again.
         self.outer.reset_parameters()
         return None if outcome is None else self._report(outcome, began)
 
-    def _send(self, step_s: float) -> None:
+    def _send(self) -> None:
         payloads = self.outer.contribute()
         frames = {s: write_frame(self.identity, s, self.outer.round, payloads) for s in self.identity.shards}
         self._pending = frames
-        entries = sum(theta.numel() for theta in self.outer.theta.values())
-        self.exchange.start(
-            self.outer.round, frames, {"step_s": step_s, "entries": entries, "round_s": self._round_s}
-        )
+        notes = {
+            "entries": sum(theta.numel() for theta in self.outer.theta.values()),
+            # A first step, a checkpoint or an evaluation among them says nothing about the next round.
+            "step_s": statistics.median(self._step_times or [0.0]),
+            "round_s": self._round_s,
+            "wait_s": self._wait_s,
+        }
+        self._step_times = []
+        self.exchange.start(self.outer.round, frames, notes)
 
     def _complete(self) -> Outcome:
         outcome = self.exchange.finish()
@@ -228,6 +237,7 @@ class RoundSync(Replica):
             self.outer.missed()
         self._apply(outcome)
         outcome.metrics["included"] = float(included)
+        self._wait_s = outcome.metrics.get("wait_s", 0.0)
         self._pending = None
         self.exchange.applied(self.outer.round, self._digests())
         return outcome

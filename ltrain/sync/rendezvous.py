@@ -14,8 +14,8 @@ from typing import Any
 
 from ltrain.config.base import ConfigError
 from ltrain.config.sync import DiLoCo, EveryStep, SparseLoCo, check_sync, parse_address
-from ltrain.sync.adapt import LinkPlanner
 from ltrain.sync.coordinator import Coordinator, Planner, RankId, Send, WaitPolicy
+from ltrain.sync.link_planner import LinkPlanner
 from ltrain.sync.wire import Channel, Message, WireError, accept, listen, load_token
 
 _log = logging.getLogger(__name__)

@@ -27,9 +27,9 @@ from byte_gpt import Corpus, Pretraining, constant_rate, evaluate, loss_of, opti
 from slow_links import OUTSIDE, Lab, inside, round_trip_ms, tx_bytes, worker_address
 
 from ltrain.config.sync import DiLoCo, EveryStep, Peers, SparseLoCo
-from ltrain.sync.adapt import LinkPlanner
 from ltrain.sync.coordinator import WaitPolicy
 from ltrain.sync.exchange import SyncError
+from ltrain.sync.link_planner import LinkPlanner
 from ltrain.sync.methods import RoundSync, build_sync
 from ltrain.sync.rendezvous import Rendezvous
 
@@ -44,7 +44,7 @@ METHODS: dict[str, EveryStep | DiLoCo | SparseLoCo] = {
     "diloco": DiLoCo(steps_per_round=15, outer_momentum=0.5, gain=1.0, bits=16),
     "sparse_loco": SparseLoCo(steps_per_round=15, **SPARSE),
     "adaptive": SparseLoCo(
-        steps_per_round=5, adapt=True, target_round_s=1.5, max_steps_per_round=60, **SPARSE
+        steps_per_round=5, adapt=True, target_round_s=10.0, max_steps_per_round=60, **SPARSE
     ),
 }
 TITLES = {

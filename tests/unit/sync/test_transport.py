@@ -7,7 +7,7 @@ from unit.sync.conftest import digests_by_round
 
 from ltrain.config.sync import SparseLoCo
 from ltrain.metrics.names import is_known
-from ltrain.sync.adapt import LinkPlanner
+from ltrain.sync.link_planner import LinkPlanner
 
 
 def _agree(results, rounds):
