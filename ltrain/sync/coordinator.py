@@ -7,20 +7,13 @@ was on time holds them already when the record is written.
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ltrain.sync.open_round import Member, OpenRound, Rank, RankId, WaitPolicy, majority
+
 _NUDGE_S = 1.0
-
-
-class RankId(NamedTuple):
-    """A process: the name of its replica and its rank there."""
-
-    replica: str
-    rank: int
 
 
 class Send(NamedTuple):
@@ -29,55 +22,6 @@ class Send(NamedTuple):
     to: RankId | None
     kind: str
     fields: dict[str, Any]
-
-
-@dataclass
-class _Rank:
-    host: str
-    port: int
-    shards: dict[str, str]
-    round: int
-    digests: dict[str, str]
-
-
-@dataclass
-class Member:
-    """A replica: its connected ranks, and the round that it is in (None until it holds the run's state)."""
-
-    num_ranks: int
-    ranks: dict[int, _Rank] = field(default_factory=dict)
-    at: int | None = None
-    waiting: set[int] = field(default_factory=set)
-
-    @property
-    def complete(self) -> bool:
-        return len(self.ranks) == self.num_ranks
-
-
-@dataclass
-class _Arrival:
-    frames: dict[str, str] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
-    ranks: set[int] = field(default_factory=set)
-    complete_at: float | None = None
-    rejected: str = ""
-
-
-@dataclass(frozen=True)
-class WaitPolicy:
-    """How long a round stays open after the first replica is ready: median + factor x MAD of the lateness."""
-
-    min_s: float
-    max_s: float
-    factor: float
-
-    def wait_s(self, lateness: deque[float]) -> float:
-        """Seconds to wait; the longest wait until four values are known."""
-        if len(lateness) < 4:
-            return self.max_s
-        median = statistics.median(lateness)
-        deviation = statistics.median(abs(value - median) for value in lateness)
-        return min(self.max_s, max(self.min_s, median + self.factor * deviation))
 
 
 Planner = Callable[[dict[str, list[dict[str, Any]]]], dict[str, Any] | None]
@@ -93,11 +37,7 @@ class Coordinator:
         self.fields: dict[str, str] | None = None
         self.shards: dict[str, str] = {}
         self.lateness: deque[float] = deque(maxlen=64)
-        self.first_arrival: float | None = None
-        self._arrivals: dict[str, _Arrival] = {}
-        # (sender, shard) -> digest held, by receiving process.
-        self._held: dict[tuple[str, str], dict[RankId, str]] = {}
-        self._notes: dict[RankId, dict[str, Any]] = {}
+        self._open = OpenRound()
         self._nudged = 0.0
 
     # Membership.
@@ -107,7 +47,7 @@ class Coordinator:
         self.fields = message["fields"]
         self.shards |= message["shards"]
         member = self.members.setdefault(who.replica, Member(message["num_ranks"]))
-        member.ranks[who.rank] = _Rank(
+        member.ranks[who.rank] = Rank(
             message["host"], message["port"], message["shards"], message["round"], message["digests"]
         )
         sends = [self._peers()]
@@ -152,7 +92,7 @@ class Coordinator:
                 for r in m.ranks
             ]
             self.round = None
-            self._clear_round()
+            self._open = OpenRound()
             if not self.members:
                 self.fields, self.shards = None, {}
         return sends
@@ -172,7 +112,7 @@ class Coordinator:
         rounds = {name: min(rank.round for rank in member.ranks.values()) for name, member in ready.items()}
         self.round = max(rounds.values())
         states = {name: self._state(member) for name, member in ready.items() if rounds[name] == self.round}
-        reference = _majority(states)
+        reference = majority(states)
         sends = []
         for name, member in ready.items():
             in_sync = states.get(name) == states[reference]
@@ -231,45 +171,35 @@ class Coordinator:
             return self.synced(who)
         if message["round"] > self.round:
             return []
-        arrival = self._arrivals.setdefault(who.replica, _Arrival())
-        arrival.frames |= message["frames"]
-        arrival.digests |= message["digests"]
-        arrival.ranks.add(who.rank)
-        self._notes[who] = message["notes"]
-        if self.first_arrival is None:
-            self.first_arrival = now
+        self._open.arrived(who, message, now)
         return self.check(now)
 
     def have(self, who: RankId, message: dict[str, Any], now: float) -> list[Send]:
         """A process holds the frame of a shard from another replica."""
         if message["round"] != self.round:
             return []
-        self._held.setdefault((message["replica"], message["shard"]), {})[who] = message["sha"]
+        self._open.have(who, message)
         return self.check(now)
 
     def bad(self, who: RankId, message: dict[str, Any], now: float) -> list[Send]:
         """A process refused a frame: its sender is left out of this round, with the reason."""
         if message["round"] != self.round:
             return []
-        arrival = self._arrivals.setdefault(message["replica"], _Arrival())
-        arrival.rejected = f"{message['reason']} (seen by {who.replica})"
+        self._open.bad(who, message)
         return self.check(now)
 
     def check(self, now: float) -> list[Send]:
         """Close the round if everyone is there, or the deadline has passed; also called now and then."""
-        if self.round is None or self.first_arrival is None:
+        first = self._open.first_arrival
+        if self.round is None or first is None:
             return []
-        present = self._present()
-        missing = self._missing(present)
-        for name in present:
-            if not any(name == sender for sender, _ in missing):
-                arrival = self._arrivals[name]
-                arrival.complete_at = arrival.complete_at or now
+        present = self._open.present(self.shards)
+        missing = self._open.missing(present, self.members)
+        self._open.note_complete(present, missing, now)
         if not present:
             return []
-        late = [name for name in self._expected() if name not in present and not self._rejected(name)]
-        deadline = self.first_arrival + self.policy.wait_s(self.lateness)
-        if (missing or late) and now < deadline:
+        late = [n for n in self._expected() if n not in present and not self._open.rejected(n)]
+        if (missing or late) and now < first + self.policy.wait_s(self.lateness):
             return self._nudge(missing, now)
         return self._commit(present, missing, now)
 
@@ -282,124 +212,35 @@ class Coordinator:
             Send(
                 RankId(receiver, rank),
                 "missing",
-                {"round": self.round, "replica": sender, "frames": self._arrivals[sender].frames},
+                {"round": self.round, "replica": sender, "frames": self._open.arrivals[sender].frames},
             )
             for sender, receiver in sorted(missing)
             for rank in self.members[receiver].ranks
         ]
 
-    def _rejected(self, name: str) -> bool:
-        return name in self._arrivals and bool(self._arrivals[name].rejected)
-
-    def _present(self) -> list[str]:
-        """Replicas whose frames of all shards are announced and not refused."""
-        return sorted(
-            name
-            for name, arrival in self._arrivals.items()
-            if arrival.frames.keys() == self.shards.keys() and not arrival.rejected
-        )
-
-    def _missing(self, present: list[str]) -> set[tuple[str, str]]:
-        """(sender, receiver) pairs whose frames have not all come through."""
-        missing = set()
-        for sender in present:
-            for receiver in present:
-                member = self.members.get(receiver)
-                if receiver == sender or member is None or not member.complete:
-                    continue
-                for rank, info in member.ranks.items():
-                    for shard in info.shards:
-                        held = self._held.get((sender, shard), {}).get(RankId(receiver, rank))
-                        if held != self._arrivals[sender].frames[shard]:
-                            missing.add((sender, receiver))
-        return missing
-
     def _commit(self, present: list[str], missing: set[tuple[str, str]], now: float) -> list[Send]:
-        excluded = {name: a.rejected for name, a in self._arrivals.items() if a.rejected}
-        diverged = self._diverged(present)
-        excluded |= dict.fromkeys(diverged, "parameters differ from those of the other replicas")
-        missing = {pair for pair in missing if not excluded.keys() & set(pair)}
-        while missing:
-            # Leave out whoever is part of most transfers that did not come through, senders first.
-            counts = Counter(name for pair in missing for name in pair)
-            senders = {sender for sender, _ in missing}
-            worst = max(sorted(counts), key=lambda name: (counts[name], name in senders))
-            excluded[worst] = "its frames, or those for it, were not through by the deadline"
-            missing = {pair for pair in missing if worst not in pair}
-        included = [name for name in present if name not in excluded]
-        # Whoever received everything can follow at once, even when its own frames were left out.
-        on_time = [
-            name for name in present
-            if name not in diverged and not self._missing_for(name, included)
-        ]  # fmt: skip
-        on_time += [n for n in self._expected() if self._rejected(n) and not self._missing_for(n, included)]
-        self._learn_lateness(now)
-        plan = self._make_plan(on_time) if self.planner is not None else None
+        """Close the round: its record, and where everyone goes on."""
+        closed, expected = self._open, self._expected()
+        settled = closed.settle(present, missing, expected, self.members)
+        self.lateness.extend(closed.lateness(expected, now))
         record = {
             "round": self.round,
-            "included": {name: self._arrivals[name].frames for name in included},
-            "excluded": dict(sorted(excluded.items())),
-            "on_time": sorted(on_time),
-            "diverged": diverged,
-            "plan": plan,
+            "included": {name: closed.arrivals[name].frames for name in settled.included},
+            "excluded": settled.excluded,
+            "on_time": settled.on_time,
+            "diverged": settled.diverged,
+            "plan": self.planner(closed.notes(settled.on_time)) if self.planner is not None else None,
         }
         assert self.round is not None
         self.round += 1
-        for name in on_time:
-            if name in self.members and self.members[name].complete:
+        for name in settled.on_time:
+            if self.members[name].complete:
                 self.members[name].at = self.round
+        self._open = OpenRound()
         sends = [Send(None, "commit", record)]
-        for name, arrival in sorted(self._arrivals.items()):
+        for name, arrival in sorted(closed.arrivals.items()):
             # Who had sent its frames but cannot follow at once goes on with all its ranks together.
-            if name not in on_time and name not in diverged:
-                for rank in sorted(arrival.ranks):
+            if name not in settled.on_time and name not in settled.diverged:
+                for rank in sorted(arrival.notes):
                     sends += self.synced(RankId(name, rank))
-        self._clear_round()
         return sends
-
-    def _make_plan(self, names: list[str]) -> dict[str, Any] | None:
-        notes = {
-            name: [self._notes[RankId(name, rank)] for rank in sorted(self._arrivals[name].ranks)]
-            for name in names
-            if name in self._arrivals
-        }
-        return self.planner(notes) if self.planner is not None else None
-
-    def _missing_for(self, receiver: str, included: list[str]) -> bool:
-        member = self.members.get(receiver)
-        if member is None:
-            return True
-        return any(
-            self._held.get((sender, shard), {}).get(RankId(receiver, rank))
-            != self._arrivals[sender].frames[shard]
-            for sender in included
-            if sender != receiver
-            for rank, info in member.ranks.items()
-            for shard in info.shards
-        )
-
-    def _diverged(self, present: list[str]) -> list[str]:
-        states = {
-            n: tuple(sorted(self._arrivals[n].digests.items())) for n in present if self._arrivals[n].digests
-        }
-        if len(set(states.values())) < 2:
-            return []
-        reference = states[_majority(states)]
-        return sorted(name for name, state in states.items() if state != reference)
-
-    def _learn_lateness(self, now: float) -> None:
-        assert self.first_arrival is not None
-        waited = now - self.first_arrival
-        for name in self._expected():
-            complete = self._arrivals[name].complete_at if name in self._arrivals else None
-            # Who did not make it would have needed longer: let the next rounds wait somewhat more.
-            self.lateness.append(complete - self.first_arrival if complete is not None else 1.5 * waited)
-
-    def _clear_round(self) -> None:
-        self._arrivals, self._held, self.first_arrival = {}, {}, None
-
-
-def _majority(states: dict[str, Any]) -> str:
-    """The first name, in order, that holds the most common state."""
-    counts = Counter(states.values())
-    return min(states, key=lambda name: (-counts[states[name]], name))
