@@ -77,7 +77,7 @@ class AttentionContext(PackedSeqParams):
     real_rows: Tensor | None = None
     record: list[tuple[Tensor, Tensor, BlockIndex]] | None = None
     given: tuple[Tensor, Tensor] | None = None
-    eliminated: dict[int, tuple[float, Tensor]] = field(default_factory=dict)
+    eliminated: dict[int, tuple[float, float]] = field(default_factory=dict)
     _cache: dict[Any, Any] = field(default_factory=dict)
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:

@@ -70,10 +70,17 @@ class LayerInputs:
         document's.
         """
         sums = self._own_sums(keys=keys)
-        place = self.place
-        valid = valid_tokens([self.sequence.documents], place.blocks, keys=keys)[0]
-        means = sums / valid.sum(1, keepdim=True).clamp(min=1).to(sums)
-        return self.gather(means)
+        return self.gather(sums / self._valid(keys=keys).sum(1, keepdim=True).clamp(min=1))
+
+    def _valid(self, *, keys: bool) -> Tensor:
+        """Tokens that enter the means of this rank's blocks, bool [own blocks, block]; once for all
+        layers."""
+
+        def make() -> Tensor:
+            valid = valid_tokens([self.sequence.documents], self.place.blocks, keys=keys)[0]
+            return valid.to(self.x.device)
+
+        return self.context.cached(("valid", keys, self.sequence.block), make)
 
     def gather(self, rows: Tensor) -> Tensor:
         """A vector for each of this rank's blocks -> one for every block of the sequence."""
@@ -89,13 +96,13 @@ class LayerInputs:
         place, block = self.place, self.sequence.block
         count = len(place.blocks)
         length = self.sequence.layout.length(place.rank)
-        valid = valid_tokens([self.sequence.documents], place.blocks, keys=keys)[0].reshape(-1)[:length]
+        valid = self._valid(keys=keys).reshape(-1)[:length]
         group = self.attention.pg_collection.tp
         ranks, me = (group.size(), group.rank()) if self.sharded else (1, 0)
         size = length // ranks
         # Tensor-parallel ranks may share a block: they add up units that lie in one of their parts.
         unit = block if ranks == 1 else math.gcd(block, size)
-        mine = valid[me * size : (me + 1) * size].to(self.x.device)
+        mine = valid[me * size : (me + 1) * size]
         sums = []
         for first in range(0, size, _CHUNK * unit):
             part = slice(first, min(first + _CHUNK * unit, size))
@@ -151,9 +158,20 @@ class LayerInputs:
         return self.context.cached(("mean rotation", keys, self.sequence.block), make)
 
     def token_counts(self, *, keys: bool) -> Tensor:
-        """Tokens behind each block's mean, int64 [N]."""
-        blocks = np.arange(self.sequence.num_blocks)
-        return valid_tokens([self.sequence.documents], blocks, keys=keys)[0].sum(1).to(self.x.device)
+        """Tokens behind each block's mean, int64 [N]; once for all layers."""
+
+        def make() -> Tensor:
+            blocks = np.arange(self.sequence.num_blocks)
+            return valid_tokens([self.sequence.documents], blocks, keys=keys)[0].sum(1).to(self.x.device)
+
+        return self.context.cached(("token counts", keys, self.sequence.block), make)
+
+    def earliest_visible(self) -> Tensor:
+        """The earliest block that a block's first document sees, int64 [N]; once for all layers."""
+        return self.context.cached(
+            ("low", self.sequence.block),
+            lambda: torch.from_numpy(self.sequence.documents.low).to(self.x.device),
+        )
 
     def sum_over_heads(self, scores: Tensor) -> Tensor:
         """Scores summed over the tensor-parallel ranks, in rank order, so that all get the same bits."""

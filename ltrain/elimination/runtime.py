@@ -90,16 +90,17 @@ class Elimination:
             ),
         )
         scores = self.scorer.score(inputs)
-        kept = keep_best(scores, quotas)
         for group in (inputs.attention.pg_collection.tp, context.group):
             if group is not None and group.size() > 1:
                 # Ranks compute the same scores; a choice that differs by a rounding would hang the exchange.
-                dist.broadcast(kept, dist.get_global_rank(group, 0), group=group)
-        seen = torch.from_numpy(quotas.cell >= 0).to(scores.device)
+                dist.broadcast(scores, dist.get_global_rank(group, 0), group=group)
+        # Copied once: layouts and plans of the kept blocks are the host's work.
+        scores = scores.cpu()
+        kept = keep_best(scores, quotas)
         positive = scores.clamp(min=0)
-        mass = positive[kept].sum() / positive[seen].sum().clamp(min=1e-30)
+        whole = positive[torch.from_numpy(quotas.cell >= 0)].sum().clamp(min=1e-30)
         share = sequence.num_tokens_of(as_blocks(kept)) / max(sequence.layout.num_tokens, 1)
-        context.eliminated[layer] = (share, mass)
+        context.eliminated[layer] = (share, float(positive[kept].sum() / whole))
         return self._rows(as_blocks(kept), inputs)
 
     def _rows(self, blocks: np.ndarray, inputs: LayerInputs) -> Choice:
@@ -115,7 +116,8 @@ class Elimination:
             padding = most - len(rows)
             place = np.concatenate([np.arange(n) + i * most for i, n in enumerate(counts)])
             real = torch.from_numpy(place).to(device)
-        ids, local_rows = (torch.from_numpy(x).to(device) for x in (rows, local))
+        local_rows = torch.from_numpy(local).to(device)
+        ids = local_rows if rows is local else torch.from_numpy(rows).to(device)
         return Choice(sequence, blocks, Cut(ids, padding), local_rows, real)
 
     def excerpt(

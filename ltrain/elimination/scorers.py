@@ -48,9 +48,8 @@ class Pooled:
                 q, _ = inputs.project(inputs.hidden_means(keys=False))
             q = apply_rope(q[:, None], *(x[:, None] for x in inputs.mean_rotation(keys=False)))[:, 0]
             k = apply_rope(k[:, None], *(x[:, None] for x in inputs.mean_rotation(keys=True)))[:, 0]
-        low = torch.from_numpy(inputs.sequence.documents.low).to(q.device)
         scale = inputs.attention.core_attention.scale or q.shape[-1] ** -0.5
-        mass = column_mass(q, k, low, inputs.token_counts(keys=True), scale)
+        mass = column_mass(q, k, inputs.earliest_visible(), inputs.token_counts(keys=True), scale)
         return inputs.sum_over_heads(mass)
 
 

@@ -205,7 +205,7 @@ def elimination_metrics(batches: list[MicroBatch]) -> dict[str, float]:
     for layer in sorted({layer for values in found for layer in values}):
         kept, mass = zip(*(values[layer] for values in found if layer in values), strict=True)
         metrics[f"{_KEPT}{layer}"] = sum(kept) / len(kept)
-        metrics[f"{_MASS}{layer}"] = sum(float(m) for m in mass) / len(mass)
+        metrics[f"{_MASS}{layer}"] = sum(mass) / len(mass)
     return metrics
 
 

@@ -47,12 +47,14 @@ def rows(dtype: torch.dtype, size: int, shape3: bool) -> dict[str, float]:
     }
 
 
-def scores(tokens: int, heads: int, kv_heads: int, dim: int, causal: bool) -> dict[str, float]:
+def scores(
+    tokens: int, heads: int, kv_heads: int, dim: int, causal: bool, block: int = 16
+) -> dict[str, float]:
     make = torch.Generator().manual_seed(1)
     q = torch.randn(2, tokens, heads, dim, generator=make)
     k = torch.randn(2, tokens, kv_heads, dim, generator=make)
-    found = block_scores(q, k, 16, causal=causal, scale=0.5, backend="triton")
-    wanted = block_scores(q.double(), k.double(), 16, causal=causal, scale=0.5, backend="reference")
+    found = block_scores(q, k, block, causal=causal, scale=0.5, backend="triton")
+    wanted = block_scores(q.double(), k.double(), block, causal=causal, scale=0.5, backend="reference")
     return {"scores": float((found - wanted).abs().max() / wanted.max())}
 
 
@@ -66,6 +68,7 @@ def main() -> None:
                 "scores": scores(64, 2, 2, 16, False),
                 "scores, causal": scores(64, 2, 1, 16, True),
                 "scores, ragged": scores(41, 4, 2, 8, True),
+                "scores, wide": scores(300, 2, 1, 8, True, block=128),
             }
         )
     )

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("elimination_interpreted.py")
-CASES = ("rows", "rows, odd size", "rows, bf16", "scores", "scores, causal", "scores, ragged")
+CASES = ("rows", "rows, odd size", "rows, bf16", "scores", "scores, causal", "scores, ragged", "scores, wide")
 
 
 @pytest.fixture(scope="module")
@@ -53,39 +54,53 @@ def _signature(fn, constants, dtype):
     return signature, attrs
 
 
-@pytest.mark.parametrize("name", ["norm", "norm backward", "write", "scores"])
-def test_compiles_for_sm_90_without_spills(name, tmp_path, monkeypatch):
+ROWS_COMPILED = [
+    (name, block, dtype)
+    for name in ("norm", "norm backward", "add", "replace")
+    for block, dtype in ((1024, "bf16"), (4096, "bf16"), (4096, "fp32"), (8192, "bf16"))
+]
+
+
+@pytest.mark.parametrize("name,block,dtype", ROWS_COMPILED)
+def test_rows_compile_for_sm_90_without_spills(name, block, dtype, tmp_path, monkeypatch):
+    from ltrain_kernels.rows import triton_rows as rows
+
+    fn, constants = {
+        "norm": (rows.norm_rows_kernel, {}),
+        "norm backward": (rows.norm_rows_backward_kernel, {"ROWS": 32}),
+        "add": (rows.write_rows_kernel, {"ADD": True}),
+        "replace": (rows.write_rows_kernel, {"ADD": False}),
+    }[name]
+    report = _compile(fn, constants | {"BLOCK": block}, dtype, rows.warps(block), tmp_path, monkeypatch)
+    assert (report.stack_bytes, report.spill_instructions) == (0, 0), report
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "block,dim,dtype",
+    [(16, 64, "bf16"), (64, 128, "bf16"), (128, 128, "bf16"), (256, 96, "bf16"), (128, 128, "fp32")],
+)
+def test_scores_compile_for_sm_90_without_spills(block, dim, dtype, causal, tmp_path, monkeypatch):
+    from ltrain_kernels.block_scores.triton_scores import block_scores_kernel, tile
+
+    side, warps = tile(block, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    constants = {
+        "HEADS": 32, "GROUP": 4, "D": dim, "BLOCK_D": 1 << (dim - 1).bit_length(), "BLOCK": block,
+        "TILE": side, "CAUSAL": causal, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    }  # fmt: skip
+    report = _compile(block_scores_kernel, constants, dtype, warps, tmp_path, monkeypatch)
+    assert (report.stack_bytes, report.spill_instructions) == (0, 0), report
+    assert report.warpgroup_mma > 0 or dtype == "fp32" or block < 64
+
+
+def _compile(fn, constants, dtype, warps, folder, monkeypatch):
     import triton
     from support.triton_aot import inspect
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ltrain_kernels.block_scores.triton_scores import block_scores_kernel
-    from ltrain_kernels.rows import triton_rows as rows
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    fn, constants, warps = {
-        "norm": (rows.norm_rows_kernel, {"BLOCK": 4096}, rows.warps(4096)),
-        "norm backward": (rows.norm_rows_backward_kernel, {"ROWS": 32, "BLOCK": 4096}, rows.warps(4096)),
-        "write": (rows.write_rows_kernel, {"ADD": True, "BLOCK": 4096}, rows.warps(4096)),
-        "scores": (
-            block_scores_kernel,
-            {
-                "HEADS": 32,
-                "GROUP": 4,
-                "D": 128,
-                "BLOCK_D": 128,
-                "BLOCK": 64,
-                "CAUSAL": True,
-                "PRECISION": "tf32",
-            },
-            4,
-        ),
-    }[name]
-    signature, attrs = _signature(fn, constants, "bf16")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    signature, attrs = _signature(fn, constants, dtype)
     where = {(fn.arg_names.index(k),): v for k, v in constants.items()}
     source = ASTSource(fn, signature, where, attrs)
-    report = inspect(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}))
-    assert (report.stack_bytes, report.spill_instructions) == (0, 0), report
-    if name == "scores":
-        assert report.warpgroup_mma > 0
+    return inspect(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}))
