@@ -24,6 +24,7 @@ NEEDED = (
     "recall_loss",
     "recall_accuracy",
     "saved_bytes_per_token_layer",
+    "row_tokens",
     "tflop",
 )
 
@@ -59,7 +60,7 @@ def table(rows: Rows) -> str:
         "recalled | kept | bytes | FLOPs |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    base = _mean(dense, "saved_bytes_per_token_layer"), _mean(dense, "tflop")
+    base = _row_bytes(dense), _mean(dense, "tflop")
     for arm, seeds in rows.items():
         gaps = [row["text_loss"] - dense[s]["text_loss"] for s, row in sorted(seeds.items()) if s in dense]
         gap = f"{statistics.mean(gaps):+.4f} ({' '.join(f'{g:+.4f}' for g in gaps)})" if gaps else ""
@@ -67,7 +68,7 @@ def table(rows: Rows) -> str:
             f"| {arm} | {len(seeds)} | {_mean(seeds, 'text_loss'):.4f} | {gap} | "
             f"{_mean(seeds, 'text_last_quarter_loss'):.4f} | {_mean(seeds, 'recall_loss'):.4f} | "
             f"{100 * _mean(seeds, 'recall_accuracy'):.1f} % | {_mean(seeds, 'kept_frac'):.2f} | "
-            f"{_mean(seeds, 'saved_bytes_per_token_layer') * _length(arm) / base[0]:.2f} x | "
+            f"{_row_bytes(seeds) / base[0]:.2f} x | "
             f"{_mean(seeds, 'tflop') / base[1]:.2f} x |"
         )
     return "\n".join(lines)
@@ -129,7 +130,6 @@ def _mean(seeds: dict[int, dict[str, Any]], name: str) -> float:
     return statistics.mean(row[name] for row in seeds.values())
 
 
-def _length(arm: str) -> float:
-    """A row of the arm in rows of the others: bytes are a token's, and a shorter row has fewer tokens."""
-    words = arm.split()
-    return int(words[1]) / 1024 if "tokens" in words and words[1].isdigit() else 1.0
+def _row_bytes(seeds: dict[int, dict[str, Any]]) -> float:
+    """Bytes that a layer saves of one row: a shorter row has fewer tokens."""
+    return _mean(seeds, "saved_bytes_per_token_layer") * _mean(seeds, "row_tokens")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ltrain.config.base import ConfigError
 from ltrain.config.sync import DiLoCo, EveryStep, SparseLoCo, check_sync
 from ltrain.sync.aggregate import aggregate
-from ltrain.sync.compress import compress, decompress
+from ltrain.sync.compress import compress
 from ltrain.sync.exchange import Commit, Exchange, Outcome
 from ltrain.sync.frame import RunIdentity, write_frame
 from ltrain.sync.outer import OuterState, digest_of
@@ -319,11 +319,6 @@ class RoundSync(Replica):
 
     def close(self) -> None:
         self.exchange.close()
-
-
-def restore_snapshot(payloads: dict[str, Payload]) -> dict[str, Tensor]:
-    """The tensors of a snapshot, by prefixed name."""
-    return {name: decompress(payload) for name, payload in payloads.items()}
 
 
 def build_sync(

@@ -128,6 +128,7 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
         "captured_mass": records[0].get("elim/captured_mass"),
         "train_loss": [r["train/loss"] for r in records],
         "tflop": sum(r["perf/tflops_executed_per_gpu"] * r["perf/step_time_s"] for r in records),
+        "row_tokens": config.train.seq_len,
         "saved_bytes_per_token_layer": saved_bytes(run, config.train.seq_len),
     }
 

@@ -15,7 +15,7 @@ def _study(folder):
             row = {
                 "arm": arm, "seed": seed, "text_loss": 2.0 + seed + shift, "text_last_quarter_loss": 2.0,
                 "recall_loss": 1.0, "recall_accuracy": 0.5, "saved_bytes_per_token_layer": 100.0,
-                "tflop": 2.0, "kept_frac": 0.7,
+                "tflop": 2.0, "kept_frac": 0.7, "row_tokens": 768 if "768" in arm else 1024,
             }  # fmt: skip
             (folder / f"{arm[:9]}-{len(arm)}-{seed}.json").write_text(json.dumps(row))
     return folder
