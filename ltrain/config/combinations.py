@@ -17,8 +17,8 @@ HEAD = """# What can be combined
 Every pair of parts, asked of the checks that every command runs before it starts: `yes`, or the number of
 the reason below. What needs a world size, a device or a model's shape besides (divisibility,
 `memory.level=offload` without a GPU) is checked when those are known, by `ltrain check CONFIG --world-size
-N`. All five parts at once: `configs/all_cpu.yaml`, [measured](benchmarks/all_parts.md). This page is generated
-from the schema.
+N`. All five parts at once: `configs/all_cpu.yaml`, [measured](benchmarks/all_parts.md). This page is
+generated from the schema.
 
 """
 
