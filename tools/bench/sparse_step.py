@@ -70,7 +70,7 @@ def run_arm(out: Path, name: str, pattern: dict[str, Any], options: argparse.Nam
         "optimizer": {"kind": "adamw", "lr": 1e-4},
         "parallel": {"context": {"degree": 2, "schedule": "ring", "block": options.block}},
         "attention": {"pattern": pattern},
-        "checkpoint": {"every": 0, "export": False},
+        "checkpoint": {"every": 0, "resume": False, "export": False},
         "eval": {"max_tokens": 0},
         "metrics": {"console": "quiet"},
     }
