@@ -64,7 +64,8 @@ class Watch:
             self._thread = None
 
     def _run(self) -> None:
-        while not self._ended.wait(self.interval_s):
+        # The first beat at once: a rank that is gone before the second is still known by its process.
+        while True:
             try:
                 state = self._publish()
                 stalled = state["waits"] and state["for_s"] > 0.8 * self.timeout_s
@@ -73,6 +74,8 @@ class Watch:
                     log.error("%s", self.report())
             except Exception as error:  # the store goes when the launcher does; this must not end the run
                 log.debug("no heartbeat: %s", error)
+            if self._ended.wait(self.interval_s):
+                return
 
     def _publish(self) -> dict[str, Any]:
         state = self._state()
