@@ -8,14 +8,14 @@ bits.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ltrain.attention.patterns.base import Pattern, Selection, check_queries
+from ltrain.attention.patterns.base import LayerArguments, Pattern, Selection, Shape, check_queries
 from ltrain.attention.patterns.exchange import Deal, Gather, Place, Request, Steps
 from ltrain.config.base import ConfigError
 from ltrain.parallel.collectives import Group, Traffic, rank_in, size_of, timed
@@ -30,13 +30,9 @@ def select_distributed(
     *,
     layout: SequenceLayout,
     group: Group,
-    doc_ids: Tensor | None = None,
-    layer: int = 0,
-    num_layers: int | None = None,
-    kv_head_offset: int = 0,
-    total_kv_heads: int | None = None,
     module: nn.Module | None = None,
     traffic: Traffic | None = None,
+    **where: Unpack[LayerArguments],
 ) -> Selection:
     """The pattern's selection over the whole sequence in document order, equal on all ranks and to one
     process's.
@@ -52,12 +48,8 @@ def select_distributed(
         raise ConfigError("layout.world_size", layout.world_size, f"must be the group's {world_size}")
     if q.dim() != 4 or k.dim() != 4:
         raise ConfigError("q, k", (tuple(q.shape), tuple(k.shape)), "must be [B, T_local, H, D]")
-    shape = pattern.shape_of(
-        num_tokens=layout.num_tokens, num_kv_heads=k.shape[2], num_heads=q.shape[2], block=layout.block,
-        doc_ids=doc_ids, layer=layer, num_layers=num_layers, kv_head_offset=kv_head_offset,
-        total_kv_heads=total_kv_heads, device=q.device,
-    )  # fmt: skip
-    if pattern.static or pattern.is_dense_layer(layer, num_layers):
+    shape = _shape_of_group(pattern, q, k, layout, where)
+    if pattern.static or pattern.is_dense_layer(shape.layer, shape.num_layers):
         return Selection(pattern.static_index(shape))
     check_queries(pattern.kind, q, k, shape, layout.length(rank))
     place = Place(rank, world_size, layout.block_owner, layout.block)
@@ -73,25 +65,27 @@ def lesson_distributed(
     step: int,
     layout: SequenceLayout,
     group: Group,
-    doc_ids: Tensor | None = None,
-    layer: int = 0,
-    num_layers: int | None = None,
-    kv_head_offset: int = 0,
-    total_kv_heads: int | None = None,
     traffic: Traffic | None = None,
+    **where: Unpack[LayerArguments],
 ) -> Any:
     """What `pattern.loss` compares the pattern's module with at training step `step`, equal on all ranks of
     the group; None for patterns without a loss of their own. Arguments as `select_distributed`.
     """
     world_size, rank = size_of(group), rank_in(group)
-    shape = pattern.shape_of(
-        num_tokens=layout.num_tokens, num_kv_heads=k.shape[2], num_heads=q.shape[2], block=layout.block,
-        doc_ids=doc_ids, layer=layer, num_layers=num_layers, kv_head_offset=kv_head_offset,
-        total_kv_heads=total_kv_heads, device=q.device,
-    )  # fmt: skip
+    shape = _shape_of_group(pattern, q, k, layout, where)
     place = Place(rank, world_size, layout.block_owner, layout.block)
     steps = pattern.lesson(q, k, shape, place, step)
     return None if steps is None else run_on_group(steps, group, world_size, rank, traffic)
+
+
+def _shape_of_group(
+    pattern: Pattern, q: Tensor, k: Tensor, layout: SequenceLayout, where: LayerArguments
+) -> Shape:
+    """The whole sequence's shape, from this rank's shards."""
+    return pattern.shape_of(
+        num_tokens=layout.num_tokens, num_kv_heads=k.shape[2], num_heads=q.shape[2], block=layout.block,
+        device=q.device, **where,
+    )  # fmt: skip
 
 
 def run_on_group(

@@ -25,10 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pages
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 RANKS, REPLICAS = 4, 2
 # What an arm takes from configs/all_cpu.yaml beyond the model, the data and the optimizer.
 ARMS: dict[str, tuple[str, ...]] = {
@@ -191,9 +191,7 @@ def main() -> None:
             print(f"{name}: {row['tokens_per_s']:,.0f} tokens/s, loss {row['loss']:.4f}", flush=True)
         return
     text = table([json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))])
-    whole = options.page.read_text()
-    before, after = whole.split(BEGIN)[0], whole.split(END)[1]
-    options.page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    pages.put(options.page, text, "results")
     print(text)
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pages
+
 
 def real_table(rows: list[dict[str, Any]]) -> str:
     """Ratios are of the slowest rank: of the ideal share by CPU seconds, which other load on the machine
@@ -62,7 +64,6 @@ def write_report(path: Path, page: Path, mark: str) -> None:
     """Put the table of `path`, which a run wrote with --json, into the page between the lines `<!-- mark -->`
     and `<!-- end of mark -->`.
     """
-    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
     found = json.loads(path.read_text())
     first = found["rows"][0]
     density = f"{100 * first['density']:.0f} % of the causal blocks where the pattern is sparse"
@@ -76,6 +77,4 @@ def write_report(path: Path, page: Path, mark: str) -> None:
         f"{first['repeats']}; {facts}.\n\n"
         f"    python tools/bench/context_parallel.py {' '.join(given)}\n\n"
     )
-    whole = page.read_text()
-    before, after = whole.split(begin)[0], whole.split(end)[1]
-    page.write_text(f"{before}{begin}\n{text}{real_table(found['rows'])}\n{end}{after}")
+    pages.put(page, text + real_table(found["rows"]), mark)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pages
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 DISTANCES = ("128", "512", "1024", "2048", "4096")
 
 
@@ -27,9 +27,7 @@ def write_report(folder: Path, docs: Path) -> None:
     names = ["dense", *sorted((n for n in arms if n != "dense"), key=lambda n: _mean(arms[n], "loss"))]
     text = "\n\n".join([_loss_table(names, arms, dense), _recall_table(names, arms)])
     page = docs / "pattern_quality.md"
-    whole = page.read_text()
-    before, after = whole.split(BEGIN)[0], whole.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    pages.put(page, text, "results")
     _plot(names, arms, docs / "pattern_quality.png")
     print(text)
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-BEGIN, END = "<!-- sparse step -->", "<!-- end of sparse step -->"
 
 
 def patterns(tokens: int, block: int) -> dict[str, dict[str, Any]]:
@@ -174,9 +174,7 @@ def main() -> None:
             print(f"{name}: {row['perf/step_time_s']:.2f} s a step", flush=True)
         return
     text = table([json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))])
-    whole = options.page.read_text()
-    before, after = whole.split(BEGIN)[0], whole.split(END)[1]
-    options.page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    pages.put(options.page, text, "sparse step")
     print(text)
 
 

@@ -118,24 +118,28 @@ class LayerCall:
     attend_here: Callable[..., Tensor] = _attend_here
 
 
-class ShapeArguments(TypedDict, total=False):
-    """What an index is asked for.
+class LayerArguments(TypedDict, total=False):
+    """Where a selection is made: `doc_ids` int [T] or [B, T] (one document), `layer` (0) of `num_layers`
+    (unknown); `kv_head_offset` (0) is the global id of this process's first key/value head and
+    `total_kv_heads` counts the whole model's, needed with an offset.
+    """
 
-    `num_heads` (num_kv_heads) and `num_kv_heads` are heads of this process; `kv_head_offset` (0) is the
-    global id of the first and `total_kv_heads` counts the whole model's, needed with an offset. `block` (128)
-    in tokens, `doc_ids` int [T] or [B, T] (one document), `layer` (0) of `num_layers` (unknown), `device`
-    (that of q, else the CPU).
+    doc_ids: Tensor | None
+    layer: int
+    num_layers: int | None
+    kv_head_offset: int
+    total_kv_heads: int | None
+
+
+class ShapeArguments(LayerArguments, total=False):
+    """What an index is asked for: `num_heads` (num_kv_heads) and `num_kv_heads` are heads of this process,
+    `block` (128) is in tokens, `device` that of q, else the CPU.
     """
 
     num_tokens: Required[int]
     num_kv_heads: Required[int]
     num_heads: int | None
     block: int
-    doc_ids: Tensor | None
-    layer: int
-    num_layers: int | None
-    kv_head_offset: int
-    total_kv_heads: int | None
     device: torch.device | str | None
 
 
